@@ -11,6 +11,7 @@ import torch
 ROW_ALIGNMENT = 64  # bytes
 SCALE_PAIR_BYTES = 4  # float16 scale and offset of one token's label
 INT32_BYTES = 4
+SCORE_BYTES = 4  # float32
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,14 @@ class KVLayout:
         return self.heads * (self.capacity + 2 * self.slots) * INT32_BYTES
 
     @property
+    def workspace_bytes(self) -> int:
+        """GPU bytes shared by all layers: two workspaces (scores, miss lists) and three selections."""
+        miss_lists = self.heads * (2 * self.budget + 1) * INT32_BYTES
+        scores = self.heads * self.capacity * SCORE_BYTES
+        selection = (self.heads * self.budget + self.batch) * INT32_BYTES
+        return 2 * (scores + miss_lists) + 3 * selection
+
+    @property
     def gpu_bytes(self) -> int:
-        """GPU bytes of all layers' caches."""
-        return self.layers * (self.label_bytes + self.slot_bytes + self.map_bytes)
+        """GPU bytes of all layers' caches and of what they share."""
+        return self.layers * (self.label_bytes + self.slot_bytes + self.map_bytes) + self.workspace_bytes

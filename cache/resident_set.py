@@ -41,5 +41,6 @@ class ResidentSet:
         length = rows.shape[1]
         slots = self.slots[sequence]  # [Hkv, sinks + recent + n_slots, row]
         slots[:, : min(self.sinks, length)] = rows[:, : self.sinks]
-        positions = torch.arange(max(self.sinks, length - self.recent), length, device=rows.device)
+        first = min(max(self.sinks, length - self.recent), length)
+        positions = torch.arange(first, length, device=rows.device)
         slots[:, self.sinks + positions % self.recent] = rows[:, positions]

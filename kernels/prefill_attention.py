@@ -26,7 +26,7 @@ def prefill_attention_reference(
     """
     _, heads, count, dim = query.shape
     kv_heads, end, _ = rows.shape
-    q = query[0].float().view(kv_heads, -1, dim) * scale  # [Hkv, G T, D]
+    q = query[0].float().reshape(kv_heads, -1, dim) * scale  # [Hkv, G T, D]
     positions = torch.arange(end - count, end, device=query.device)  # [T]
     best = q.new_full((kv_heads, heads // kv_heads, count, 1), float("-inf"))
     mass, total = torch.zeros_like(best), q.new_zeros(kv_heads, heads // kv_heads, count, dim)

@@ -72,7 +72,7 @@ class RuntimeConfig:
 
     def capacity(self, tokens: int) -> int:
         """Tokens to make room for: the need, rounded up so that similar prompts share caches."""
-        step = max(CAPACITY_STEP, 1 << (max(tokens, 1).bit_length() - 4))
+        step = max(CAPACITY_STEP, (1 << tokens.bit_length()) // 16)
         return min(-(-tokens // step) * step, max(self.ctx, tokens))
 
     def slot_count(self, budget_tokens: int, capacity: int) -> int:

@@ -189,7 +189,7 @@ class OffloadedModel:
             "new_tokens": loop.new_tokens,
             "cached_tokens": cached,
             **collect(session.caches, prefetcher.predicted_layers, prefetcher.attend_predicted),
-            **memory(session.layout, self.model.device, weight_bytes),
+            **memory(session.layout, weight_bytes, loop.prefill_peak_bytes, loop.decode_peak_bytes),
         }
 
     def close(self) -> None:
@@ -252,5 +252,5 @@ def pad_left(
     """The same batch with its padding on the left, where transformers expects it."""
     if attention_mask is None or bool(attention_mask[:, -1].all()):
         return input_ids, attention_mask
-    order = attention_mask.long().argsort(1, stable=True)  # hidden tokens first, order kept
+    order = attention_mask.long().argsort(dim=1, stable=True)  # hidden tokens first, order kept
     return input_ids.gather(1, order), attention_mask.gather(1, order)

@@ -28,6 +28,8 @@ class TokenLoop:
     session: Session | None = None
     prompt_tokens: int = 0
     new_tokens: int = 0
+    prefill_peak_bytes: int | None = None  # None on CPU
+    decode_peak_bytes: int | None = None
 
     def __call__(
         self,
@@ -50,13 +52,16 @@ class TokenLoop:
         while True:
             next_ids = out.append(logits, logits_processor)
             stopped = out.stop(stopping_criteria)
-            self.times.setdefault("ttft_s", time.perf_counter() - started)
+            if not fed:
+                self.times["ttft_s"] = time.perf_counter() - started
+                self.prefill_peak_bytes = take_peak_bytes(model.device)
             if self.streamer is not None:
                 self.streamer.put(next_ids.cpu())
             if stopped:
                 break
             fed.append(next_ids)
             logits = self.session.step(next_ids)
+        self.decode_peak_bytes = take_peak_bytes(model.device)
         decode_s = time.perf_counter() - started - self.times["ttft_s"]
         self.times["tpot_s"] = decode_s / len(fed) if fed else 0.0
         self.prompt_tokens = sum(len(prompt) for prompt in prompts)
@@ -120,3 +125,12 @@ def strip_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) 
     if attention_mask is None:
         return list(input_ids)
     return [ids[mask.to(ids.device).bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
+
+
+def take_peak_bytes(device: torch.device) -> int | None:
+    """Most GPU memory in use since the last call; None on CPU."""
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from .cache.layer_cache import PREDICTED, TRUE, LayerCache
 from .cache.layout import KVLayout
 from .kernels.residency import FROM_PREDICTION, HITS, SELECTED
@@ -54,12 +52,23 @@ def collect(
     }
 
 
-def memory(layout: KVLayout, device: torch.device, weight_bytes: int) -> dict[str, float | None]:
-    """Planned and measured memory in GB; the GPU peaks are None on CPU."""
-    on_gpu = device.type == "cuda"
+def memory(
+    layout: KVLayout, weight_bytes: int, prefill_peak: int | None, decode_peak: int | None
+) -> dict[str, float | None]:
+    """Planned and measured memory in GB; the measured peaks are None on CPU.
+
+    gpu_plan_gb is what decode should need: weights and caches, everything but
+    one token's activations.
+    """
+
+    def in_gb(count: int | None) -> float | None:
+        return None if count is None else count / GB
+
     return {
         "pinned_gb": layout.layers * layout.host_bytes / GB,
         "weights_gb": weight_bytes / GB,
         "gpu_cache_gb": layout.gpu_bytes / GB,
-        "gpu_peak_gb": torch.cuda.max_memory_allocated(device) / GB if on_gpu else None,
+        "gpu_plan_gb": (weight_bytes + layout.gpu_bytes) / GB,
+        "gpu_prefill_peak_gb": in_gb(prefill_peak),
+        "gpu_decode_peak_gb": in_gb(decode_peak),
     }
