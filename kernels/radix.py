@@ -19,15 +19,15 @@ import triton.language as tl
 DIGITS = 4  # 8 bits each: tl.histogram costs about bins / 32 operations a token, so not wider
 
 
-def radix_plan(rows: int, capacity: int) -> tuple[int, int, int]:
-    """(tokens a program, programs a row, warps a program) for [rows, capacity] scores.
+def radix_plan(rows: int, capacity: int) -> tuple[int, int, int, int]:
+    """(tokens a program, programs a row, warps a program, tokens a load) for [rows, capacity] scores.
 
     About 128 programs in all (one for each SM of an H100), of 2,048 to 16,384
     tokens: 32 tokens a thread at 512 threads.
     """
     share = triton.next_power_of_2(max(1, rows * capacity // 128))
     chunk = min(16384, max(2048, share))
-    return chunk, triton.cdiv(capacity, chunk), max(4, chunk // 1024)
+    return chunk, triton.cdiv(capacity, chunk), max(4, chunk // 1024), 1 if capacity % 16 else 4
 
 
 def radix_scratch(
@@ -64,12 +64,17 @@ def span_of_row(budgets, lengths, row, kv_heads, sinks, recent):
 
 
 @triton.jit
-def load_keys(scores, row, block, capacity, sinks, end, CHUNK: tl.constexpr):
-    """(positions, selectable, keys) of a block's tokens; scores outside the span are not read."""
+def load_keys(scores, row, block, capacity, sinks, end, CHUNK: tl.constexpr, VEC: tl.constexpr):
+    """(positions, selectable, keys) of a block's tokens.
+
+    Scores outside the span never count. The load's mask is constant over VEC
+    tokens, so that it compiles to 16-byte loads (VEC 4) where rows are aligned.
+    """
     positions = block * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
     selectable = (positions >= sinks) & (positions < end)
     base = scores + row.to(tl.int64) * capacity
-    return positions, selectable, order_key(tl.load(base + positions, mask=selectable, other=0.0))
+    near = positions // VEC < tl.cdiv(end, VEC)
+    return positions, selectable, order_key(tl.load(base + positions, mask=near, other=0.0))
 
 
 @triton.jit
@@ -150,7 +155,7 @@ def mark_members(members, previous, count, row, block, capacity, k_max, CHUNK: t
 def digit_kernel(
     scores, members, previous, previous_counts, budgets, lengths, hist, state, above, outside,
     kv_heads, capacity, sinks, recent, new_rows, previous_max,
-    DIGIT: tl.constexpr, STREAMS: tl.constexpr, CHUNK: tl.constexpr,
+    DIGIT: tl.constexpr, STREAMS: tl.constexpr, CHUNK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Histogram of one digit of every stream; first fixes the digit before it."""
     block, row = tl.program_id(0), tl.program_id(1)
@@ -164,7 +169,7 @@ def digit_kernel(
         mark_members(members, previous, count, row, block, capacity, previous_max, CHUNK)
         if block == 0:
             tl.store(outside + row, 0)
-    positions, selectable, key = load_keys(scores, row, block, capacity, sinks, end, CHUNK)
+    positions, selectable, key = load_keys(scores, row, block, capacity, sinks, end, CHUNK, VEC)
     digit = ((key >> (24 - 8 * DIGIT)) & 255).to(tl.int32)
     n_members = 0
     if STREAMS == 3:

@@ -60,24 +60,24 @@ def select_topk_triton(
     """select_topk_reference as five launches of a radix select (radix.py)."""
     batch, kv_heads, capacity = scores.shape
     rows = batch * kv_heads
-    chunk, blocks, warps = radix_plan(rows, capacity)
+    chunk, blocks, warps, vec = radix_plan(rows, capacity)
     hist, state, above = radix_scratch(1, rows, blocks, scores.device)
     for digit in range(DIGITS):
         digit_kernel[(blocks, rows)](
             scores, scores, tokens, counts, budgets, lengths, hist, state, above, state,
             kv_heads, capacity, sinks, recent, 0, 0,
-            DIGIT=digit, STREAMS=1, CHUNK=chunk, num_warps=warps,
+            DIGIT=digit, STREAMS=1, CHUNK=chunk, VEC=vec, num_warps=warps,
         )  # fmt: skip
     compact_kernel[(blocks, rows)](
         scores, budgets, lengths, hist, state, above, tokens, counts,
-        kv_heads, capacity, sinks, recent, tokens.shape[-1], CHUNK=chunk, num_warps=warps,
+        kv_heads, capacity, sinks, recent, tokens.shape[-1], CHUNK=chunk, VEC=vec, num_warps=warps,
     )  # fmt: skip
 
 
 @triton.jit
 def compact_kernel(
     scores, budgets, lengths, hist, state, above, tokens, counts,
-    kv_heads, capacity, sinks, recent, k_max, CHUNK: tl.constexpr,
+    kv_heads, capacity, sinks, recent, k_max, CHUNK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Write a block's selected tokens to their places, and -1 past the count."""
     block, row = tl.program_id(0), tl.program_id(1)
@@ -88,7 +88,7 @@ def compact_kernel(
         tl.store(counts + row // kv_heads, count)
     if block * CHUNK < end:
         used = tl.cdiv(end, CHUNK)
-        positions, selectable, key = load_keys(scores, row, block, capacity, sinks, end, CHUNK)
+        positions, selectable, key = load_keys(scores, row, block, capacity, sinks, end, CHUNK, VEC)
         taken, upto = rank_tokens(hist, state, above, key, selectable, 0, row, block, rows, blocks, used, 1)
         tl.store(tokens + row.to(tl.int64) * k_max + upto - 1, positions, mask=taken)
 
