@@ -1,5 +1,6 @@
 """What a result was measured on: GPU, driver, link, versions, commit. Goes into every JSON."""
 
+import os
 import platform
 import subprocess
 from datetime import date
@@ -12,13 +13,13 @@ import transformers
 import triton
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMIT_FILE = ROOT / "bench" / "commit.txt"  # stands in for git where the checkout travels without it
+COMMIT_VARIABLE = "BENCH_COMMIT"  # names the commit where the checkout travels without its .git
 
 
 def commit() -> str:
     """The commit of the checkout, with "-dirty" when files differ from it."""
-    if COMMIT_FILE.exists():
-        return COMMIT_FILE.read_text().strip()
+    if COMMIT_VARIABLE in os.environ:
+        return os.environ[COMMIT_VARIABLE]
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     done = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
