@@ -1,0 +1,95 @@
+"""Where the microseconds of one decode step go.
+
+    python -m bench.profile_step --ctx 262144 --setting 2048:correct --out bench/results/profile.json
+
+Prints every kernel's share of a step and the kernels of one middle layer in
+the order in which they started, with their stream.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench.decode import parse_setting
+from bench.driven import DrivenSession
+from bench.machine import machine
+from bench.shapes import random_model
+from offload_runtime import RuntimeConfig
+from offload_runtime.adapter import ModelAdapter
+
+STEPS = 3
+
+
+def kernel_events(session: DrivenSession, trace: Path) -> list[dict[str, Any]]:
+    """Kernel and copy events of STEPS steps, by start time (microseconds)."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(STEPS):
+            session.advance()
+        torch.cuda.synchronize()
+    recorded.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    return sorted(kernels, key=lambda event: event["ts"])
+
+
+def by_kernel(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Total microseconds and launches a step of every kernel name and stream."""
+    total: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0, 0])
+    for event in events:
+        entry = total[event["name"][:70], event["args"]["stream"]]
+        entry[0] += event["dur"] / STEPS
+        entry[1] += 1 / STEPS
+    rows = [
+        {"kernel": name, "stream": stream, "us_per_step": round(us, 1), "launches": round(count, 1)}
+        for (name, stream), (us, count) in total.items()
+    ]
+    return sorted(rows, key=lambda row: -row["us_per_step"])
+
+
+def middle_layer(events: list[dict[str, Any]], layers: int) -> list[str]:
+    """Start, duration, stream and name of the kernels from one attention combine to the next but one."""
+    ends = [i for i, event in enumerate(events) if "_combine_kernel" in event["name"]]
+    first, last = ends[layers + layers // 2], ends[layers + layers // 2 + 1]
+    zero = events[first]["ts"]
+    return [
+        f"{e['ts'] - zero:8.1f} {e['dur']:7.1f} s{e['args']['stream']:<4} {e['name'][:60]}"
+        for e in events[first : last + 1]
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shape", default="llama-3.1-8b")
+    parser.add_argument("--ctx", type=int, default=262144)
+    parser.add_argument("--setting", default="2048:correct")
+    parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    adapter = ModelAdapter(random_model(options.shape, options.ctx))
+    setting = parse_setting(options.setting)
+    overlap = setting.pop("overlap")
+    with torch.no_grad():
+        session = DrivenSession(adapter, RuntimeConfig(ctx=options.ctx, **setting), 1, overlap)
+        session.fill()
+        for _ in range(session.settle_steps):
+            session.advance()
+        events = kernel_events(session, options.out.with_suffix(".trace.json"))
+    table, timeline = by_kernel(events), middle_layer(events, len(adapter.layers))
+    span = (events[-1]["ts"] + events[-1]["dur"] - events[0]["ts"]) / STEPS
+    print(f"{span:.0f} us a step, setting {options.setting}")
+    for row in table[: options.rows]:
+        print(f"{row['us_per_step']:9.1f} us {row['launches']:6.1f} x  s{row['stream']:<4} {row['kernel']}")
+    print("\n".join(timeline))
+    report = {"setting": options.setting, "machine": machine(), "us_per_step": span, "kernels": table}
+    options.out.write_text(json.dumps(report | {"middle_layer": timeline}, indent=1) + "\n")
+    options.out.with_suffix(".trace.json").unlink()
+
+
+if __name__ == "__main__":
+    main()
