@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .labels import read_labels
+from .labels import code_width, read_labels
 
 
 def label_scores(
@@ -82,6 +82,9 @@ def label_scores_triton(
 
     Codes go to the tensor cores as exact float16 integers against the query
     labels as a sum of two float16 numbers, so the only rounding is float32's.
+    A matrix row holds `pack` tokens, against block-diagonal query labels: with
+    one token a row, most of the 8 columns a tensor core has would be padding
+    and the arithmetic, not memory, would set the pace.
     256 x 8 tokens make 1,024 programs at 262,144 tokens and 8 KV heads: one
     wave of 8 programs on each of an H100's 132 SMs.
     """
@@ -93,17 +96,18 @@ def label_scores_triton(
     assert scores.stride(2) == 1
     assert codes[0, 0].is_contiguous()
     assert bits == 16 or scales[0, 0].is_contiguous()
-    word = channels if bits > 4 else 4 if channels < 32 else 8  # nibbles a word; unused above 4 bits
-    if bits == 4:
-        codes = codes.view(torch.int16 if word == 4 else torch.int32)  # [B, Hkv, N, R / word]
     if bits < 16:
         scales = scales.view(torch.int32)  # [B, Hkv, N, 1]: offset in the high half
+    width = code_width(channels, bits)
+    group_pad = triton.next_power_of_2(group)
+    # 8 columns and 16 rows of the query matrix are the least a tensor core takes; 128 rows bound its size.
+    pack = max(min(8 // group_pad, 128 // width), 16 // width, 1)
     _label_scores_kernel[(triton.cdiv(capacity, block_tokens * blocks), batch * kv_heads)](
         query_labels, offsets, codes, scales, lengths, scores,
         codes.stride(0), codes.stride(1), scales.stride(0), scales.stride(1),
         scores.stride(0), scores.stride(1), capacity,
-        KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(8, triton.next_power_of_2(group)),
-        R=channels, BITS=bits, WORD=word, SINKS=sinks, RECENT=recent,
+        KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(group_pad, 8 // pack), PACK=pack,
+        R=channels, WIDTH=width, BITS=bits, SINKS=sinks, RECENT=recent, ASM=scores.is_cuda,
         BLOCK=block_tokens, BLOCKS=blocks, STAGES=num_stages, num_warps=num_warps,
     )  # fmt: skip
 
@@ -112,12 +116,12 @@ def label_scores_triton(
 def _label_scores_kernel(
     query_labels, offsets, codes, scales, lengths, scores,
     codes_b, codes_h, scales_b, scales_h, scores_b, scores_h, capacity,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
-    R: tl.constexpr, BITS: tl.constexpr, WORD: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, PACK: tl.constexpr,
+    R: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
+    ASM: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     LOG2E: tl.constexpr = 1.4426950408889634
-    WIDTH: tl.constexpr = R // WORD if BITS == 4 else R  # elements of one token's codes
+    LN2: tl.constexpr = 0.6931471805599453
     i_bh = tl.program_id(1)
     i_b = (i_bh // KV_HEADS).to(tl.int64)
     i_h = (i_bh % KV_HEADS).to(tl.int64)
@@ -126,71 +130,134 @@ def _label_scores_kernel(
     if start >= length:
         return
 
-    # Query labels as columns, in the order in which the codes are unpacked.
+    # Query labels [PACK * WIDTH, PACK * G]: a block of columns for each token of a row.
+    o_c = tl.arange(0, PACK * WIDTH)
+    o_n = tl.arange(0, PACK * GROUP_PAD)
+    m_query = (o_c // WIDTH)[:, None] == (o_n // GROUP_PAD)[None, :]
+    m_query = m_query & (o_n % GROUP_PAD < GROUP)[None, :]
+    p_query = query_labels + (i_bh * GROUP + o_n % GROUP_PAD)[None, :] * R + (o_c % WIDTH)[:, None]
+    b_query = tl.load(p_query, mask=m_query, other=0.0) * LOG2E  # 4 bits: channels on low nibbles
+    b_sum = tl.sum(b_query, 0)
+    b_unit, b_rest = _two_halves(b_query)
+    if BITS == 4:
+        b_query = tl.load(p_query + WIDTH, mask=m_query, other=0.0) * LOG2E  # on high nibbles
+        b_sum += tl.sum(b_query, 0)
+        b_high_unit, b_high_rest = _two_halves(b_query)
+    b_sum = tl.max(tl.reshape(b_sum, [PACK, GROUP_PAD]), 0)  # [G]: PACK equal rows
     o_g = tl.arange(0, GROUP_PAD)
-    m_g = o_g < GROUP
-    o_r = _channel_order(R, BITS, WORD)
-    p_query = query_labels + (i_bh * GROUP + o_g[None, :]) * R + o_r[:, None]
-    b_query = tl.load(p_query, mask=m_g[None, :], other=0.0) * LOG2E  # [R, G]
-    b_offset = tl.load(offsets + i_bh * GROUP + o_g, mask=m_g, other=0.0) * LOG2E  # [G]
-    b_sum = tl.sum(b_query, 0)  # [G]
-    b_top = tl.max(tl.abs(b_query), 0)
-    b_top = tl.where(b_top > 0, b_top, 1.0)
-    b_unit = b_query / b_top[None, :]  # within float16's range whatever the model's scale
-    b_high = b_unit.to(tl.float16)
-    b_low = (b_unit - b_high.to(tl.float32)).to(tl.float16)
+    # Padded heads: an infinite offset leaves them no mass.
+    b_offset = tl.load(offsets + i_bh * GROUP + o_g, mask=o_g < GROUP, other=float("inf")) * LOG2E  # [G]
 
     start_64 = start.to(tl.int64)
     p_codes = codes + i_b * codes_b + i_h * codes_h + start_64 * WIDTH
     p_scales = scales + i_b * scales_b + i_h * scales_h + start_64
     p_scores = scores + i_b * scores_b + i_h * scores_h + start_64
-    o_w = tl.arange(0, WIDTH)
+    first, end = SINKS - start, length - RECENT - start  # the selectable span, from this program's start
     for i in tl.range(0, tl.minimum(BLOCKS, tl.cdiv(length - start, BLOCK)), num_stages=STAGES):
-        o_t = i * BLOCK + tl.arange(0, BLOCK)
-        m_t = (start + o_t >= SINKS) & (start + o_t < length - RECENT)
-        b_code = tl.load(p_codes + o_t[:, None] * WIDTH + o_w[None, :], mask=m_t[:, None], other=0)
+        o_row = i * (BLOCK // PACK) + tl.arange(0, BLOCK // PACK)
+        o_token = o_row[:, None] * PACK + (o_c // WIDTH)[None, :]
+        m_code = (o_token >= first) & (o_token < end)
+        p_row = p_codes + o_row[:, None] * (PACK * WIDTH) + o_c[None, :]
+        b_code = tl.load(p_row, mask=m_code, other=0)  # [BLOCK / PACK, PACK * WIDTH]
         if BITS == 4:
-            b_code = _unpack(b_code, R, WORD, BLOCK)
-        b_code = b_code.to(tl.float16)  # [BLOCK, R]
-        b_mass = tl.dot(b_code, b_high)
-        b_mass = tl.dot(b_code, b_low, b_mass) * b_top[None, :]  # [BLOCK, G]
+            b_high = _high_nibbles(b_code, ASM)
+            b_mass = tl.dot(b_high, b_high_unit)
+            b_mass = tl.dot(b_high, b_high_rest, b_mass)
+            b_code = _low_nibbles(b_code, ASM)
+            b_mass = tl.dot(b_code, b_unit, b_mass)
+        else:
+            b_code = b_code.to(tl.float16)
+            b_mass = tl.dot(b_code, b_unit)
+        b_mass = tl.dot(b_code, b_rest, b_mass)  # [BLOCK / PACK, PACK * G]
+        b_mass = tl.reshape(b_mass, [BLOCK, GROUP_PAD])
+        o_t = i * BLOCK + tl.arange(0, BLOCK)
+        m_t = (o_t >= first) & (o_t < end)
         if BITS < 16:
             pair = tl.load(p_scales + o_t, mask=m_t, other=0)  # [BLOCK]
             scale = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
             shift = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            b_mass = b_mass * scale[:, None] + shift[:, None] * b_sum[None, :]
-        b_mass = tl.where(m_g[None, :], b_mass - b_offset[None, :], float("-inf"))
+            b_mass = b_mass * scale[:, None] + (shift[:, None] * b_sum[None, :] - b_offset[None, :])
+        else:
+            b_mass = b_mass - b_offset[None, :]
         b_score = tl.max(b_mass, 1)  # [BLOCK]
         if GROUP > 1:
-            b_score += tl.log2(tl.sum(tl.exp2(b_mass - b_score[:, None]), 1))
-        b_score = tl.where(m_t, b_score / LOG2E, float("-inf"))
+            b_score += _log2(tl.sum(_exp2(b_mass - b_score[:, None], ASM), 1), ASM)
+        b_score = tl.where(m_t, b_score * LN2, float("-inf"))
         tl.store(p_scores + o_t, b_score, mask=start + o_t < capacity)
 
 
 @triton.jit
-def _unpack(b_code, R: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constexpr):
-    """The codes [BLOCK, R] in packed words [BLOCK, R / WORD], in the order of _channel_order.
+def _two_halves(b_query):
+    """A float32 tile as the sum of two float16 tiles."""
+    b_unit = b_query.to(tl.float16)
+    return b_unit, (b_query - b_unit.to(tl.float32)).to(tl.float16)
 
-    Tensor cores want columns 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of every 16 in
-    thread t of four. Ordered so, a thread unpacks the one word it loaded and
-    no nibble crosses threads.
-    """
-    STEPS: tl.constexpr = WORD // 4  # matrix steps of 16 columns that a word feeds
-    o_n = tl.arange(0, WORD)
-    b_code = (b_code.to(tl.int32)[:, :, None] >> (4 * o_n)[None, None, :]) & 15  # [BLOCK, R / WORD, WORD]
-    b_code = tl.reshape(b_code, [BLOCK, R // (4 * WORD), 4, STEPS, 2, 2])
-    b_code = tl.permute(b_code, (0, 1, 3, 4, 2, 5))
-    return tl.reshape(b_code, [BLOCK, R])
+
+# Below, ASM is what a GPU runs and the other branch what Triton's interpreter can. The compiler's
+# conversions and its log2 and exp2 cost three times the instructions (counted in sm_90 SASS).
+# 0x6400 | n is the float16 number 1024 + n, so two codes become numbers in one permute and one subtraction.
 
 
 @triton.jit
-def _channel_order(R: tl.constexpr, BITS: tl.constexpr, WORD: tl.constexpr):
-    """The channel in each unpacked column [R]."""
-    column = tl.arange(0, R)
-    if BITS != 4:
-        return column
-    high = column % 2  # low or high nibble of its byte
-    thread = column // 2 % 4
-    byte = column // 8 % (WORD // 2)  # of its word
-    word = column // (4 * WORD) * 4 + thread
-    return word * (WORD // 2) + byte + high * (R // 2)
+def _low_nibbles(b_code, ASM: tl.constexpr):
+    if ASM:
+        b_code = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 codes, magic, unit;
+            mov.b32 magic, 0x64646464;
+            mov.b32 unit, 0x64006400;
+            and.b32 codes, $2, 0x0F0F0F0F;
+            prmt.b32 $0, codes, magic, 0x4140;
+            prmt.b32 $1, codes, magic, 0x4342;
+            sub.f16x2 $0, $0, unit;
+            sub.f16x2 $1, $1, unit;
+            }""",
+            "=&r,=&r,r", [b_code], dtype=tl.float16, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        b_code = (b_code & 15).to(tl.float16)
+    return b_code
+
+
+@triton.jit
+def _high_nibbles(b_code, ASM: tl.constexpr):
+    if ASM:
+        b_code = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 codes, magic, unit;
+            mov.b32 magic, 0x64646464;
+            mov.b32 unit, 0x64006400;
+            shr.b32 codes, $2, 4;
+            and.b32 codes, codes, 0x0F0F0F0F;
+            prmt.b32 $0, codes, magic, 0x4140;
+            prmt.b32 $1, codes, magic, 0x4342;
+            sub.f16x2 $0, $0, unit;
+            sub.f16x2 $1, $1, unit;
+            }""",
+            "=&r,=&r,r", [b_code], dtype=tl.float16, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        b_code = (b_code >> 4).to(tl.float16)
+    return b_code
+
+
+@triton.jit
+def _exp2(b_x, ASM: tl.constexpr):
+    if ASM:
+        b_x = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=r,r", [b_x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        b_x = tl.exp2(b_x)
+    return b_x
+
+
+@triton.jit
+def _log2(b_x, ASM: tl.constexpr):
+    if ASM:
+        b_x = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=r,r", [b_x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        b_x = tl.log2(b_x)
+    return b_x
