@@ -1,0 +1,136 @@
+"""Calibration: how one model's keys become labels, with where that came from, in one file.
+
+label = key_map (k - key_mean), query label = query_map q, both after RoPE and
+after q_norm and k_norm. calibration_maps.py has the mathematics,
+calibration_collect.py runs the model.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .calibration_maps import METHODS, calibrate_layer, label_maps
+from .errors import RunError, UserError
+
+__all__ = ["METHODS", "Calibration", "calibrate_layer", "config_facts", "config_hash", "label_maps"]
+
+# Facts of a config that queries and keys depend on. A list of its own: what
+# to_dict() returns differs between transformers versions.
+CONFIG_FIELDS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The label maps of every layer of a model.
+
+    query_map [L, Hq, R, D], key_map [L, Hkv, R, D] and key_mean [L, Hkv, D],
+    float32. unpredicted_layers: those whose prediction from the layer before is
+    poor, layer 0 always. provenance: model, config (JSON), config_hash, text_hash,
+    tokens, method, label_channels, versions, date.
+    """
+
+    query_map: torch.Tensor
+    key_map: torch.Tensor
+    key_mean: torch.Tensor
+    unpredicted_layers: tuple[int, ...]
+    provenance: dict[str, str]
+
+    def save(self, path: str | Path) -> None:
+        """Write the safetensors file whole or not at all; RunError when that fails."""
+        tensors = {name: getattr(self, name).float().cpu().contiguous() for name in TENSORS}
+        layers = ",".join(map(str, self.unpredicted_layers))
+        metadata = {**self.provenance, "unpredicted_layers": layers}
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        try:
+            save_file(tensors, partial, metadata)
+            os.replace(partial, target)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"cannot write calibration {target}: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Calibration":
+        """Read a file that save() wrote; UserError when it is missing or something else."""
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in TENSORS}
+                metadata = dict(file.metadata() or {})
+            layers = tuple(int(layer) for layer in metadata.pop("unpredicted_layers").split(","))
+        except FileNotFoundError as error:
+            raise UserError(f"there is no calibration file {path}") from error
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise UserError(
+                f"{path} is not a calibration file ({error}); make one with `ds-offload calibrate`"
+            ) from error
+        return cls(**tensors, unpredicted_layers=layers, provenance=metadata)
+
+    def check(self, config: Any) -> None:
+        """UserError when this calibration belongs to another model than config's, saying which."""
+        facts = config_facts(config)
+        layers, query_heads, _, dim = self.query_map.shape
+        found = (layers, query_heads, self.key_map.shape[1], dim)
+        wanted = tuple(facts[name] for name in CONFIG_FIELDS[4:])
+        if found != wanted:
+            raise UserError(
+                f"the calibration is for {self._name()} ({describe(found)}) but this model has "
+                f"{describe(wanted)}; run `ds-offload calibrate` for this model"
+            )
+        if self.provenance.get("config_hash") != config_hash(config):
+            theirs = json.loads(self.provenance.get("config", "{}"))
+            names = [name for name in facts if facts[name] != theirs.get(name)] or ["config"]
+            differences = ", ".join(f"{n} {theirs.get(n)} there, {facts.get(n)} here" for n in names)
+            raise UserError(
+                f"the calibration is for {self._name()}, another model ({differences}); "
+                "run `ds-offload calibrate` for this model"
+            )
+
+    def _name(self) -> str:
+        return self.provenance.get("model", "an unnamed model")
+
+
+TENSORS = ("query_map", "key_map", "key_mean")
+
+
+def config_facts(config: Any) -> dict[str, Any]:
+    """The fields of a transformers config that queries and keys depend on."""
+    text = config.get_text_config(decoder=True)
+    facts = {name: getattr(text, name, None) for name in CONFIG_FIELDS}
+    facts["num_key_value_heads"] = facts["num_key_value_heads"] or facts["num_attention_heads"]
+    facts["head_dim"] = facts["head_dim"] or text.hidden_size // text.num_attention_heads
+    facts["rope"] = rope_facts(text)
+    return facts
+
+
+def rope_facts(text: Any) -> dict[str, Any]:
+    """How positions rotate: rope_parameters, or what older configs call rope_theta and rope_scaling."""
+    parameters = getattr(text, "rope_parameters", None)
+    if parameters is None:
+        parameters = {"rope_theta": getattr(text, "rope_theta", None), **(text.to_dict().get("rope_scaling") or {})}
+    return {name: value for name, value in parameters.items() if value is not None and value != "default"}
+
+
+def config_hash(config: Any) -> str:
+    return hashlib.sha256(json.dumps(config_facts(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def describe(shape: tuple[int, ...]) -> str:
+    layers, query_heads, kv_heads, dim = shape
+    return f"{layers} layers, {query_heads} query and {kv_heads} KV heads, head_dim {dim}"

@@ -1,0 +1,171 @@
+"""From the moments of one layer's queries and keys to its label maps.
+
+Channels (Double Sparsity, arXiv 2408.07092 section 3): keep the R channels of a
+KV head that carry most of q.k; both maps are rows of the identity.
+
+Projection: keep R linear combinations instead. With centred keys k' = k - mean,
+    q.k = q.mean + q.k',
+and q.mean is the same for every key, so only q.k' has to be approximated, by
+q^T M k' with M = A^T B of rank R, A the query map and B the key map [R, D]. For
+q and k' drawn independently, with second moments Cq and Ck, the mean square error is
+    E (q^T (I - M) k')^2 = tr((I - M)^T Cq (I - M) Ck) = |Cq^1/2 (I - M) F|^2,  Ck = F F^T.
+By Eckart and Young the best Cq^1/2 M F is the truncated SVD of X = Cq^1/2 F = U S V^T
+(any factor F of Ck gives the same M), which solves to
+    M = F V S^-2 V^T F^T Cq      over the R largest singular values.
+S and V come from the eigenvectors of X^T X = F^T Cq F = V S^2 V^T, so F may be the
+Cholesky factor and neither a square root nor an inverse of Cq or Ck is formed. With
+W = V^T F^T [R, D] the two maps are
+    A = S^(a-1) W,   B = S^(-1-a) W Cq,   A^T B = M for every a,
+and on the calibration tokens E (A q)(A q)^T = S^(2a), E (B k')(B k')^T = S^(2-2a).
+
+Balance. Rounding a label to a step d adds d^2 tr(E (A q)(A q)^T) / 12 to the error of
+a score. One scale a token makes d grow with the widest channel. After a rotation H
+that spreads every direction evenly over the R channels (H^T H = I leaves A^T B alone)
+all channels have the mean variance tr(S^(2-2a)) / R, and the error grows with
+tr(S^(2-2a)) tr(S^(2a)), least at a = 1/2 (Cauchy-Schwarz), where it is tr(S)^2;
+without rotation it is s_1 tr(S) at a = 1/2. Hence a = 1/2 and a rotation.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .errors import UserError
+
+METHODS = ("projection", "channels", "channels-q", "channels-k")
+RIDGE = 1e-3  # added to both moments, relative to their mean eigenvalue; measured in bench/labels.py
+
+
+@dataclass
+class LayerMoments:
+    """Sums over the tokens seen so far of what either method needs, all float64.
+
+    query and key [Hkv, D, D]: q q^T (summed over the group's heads too) and k k^T;
+    key_sum [Hkv, D]; products, query_size and key_size [Hkv, D]: |q_c k_c| of a
+    token's own query and key, |q_c| and |k_c|.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    key_sum: torch.Tensor
+    products: torch.Tensor
+    query_size: torch.Tensor
+    key_size: torch.Tensor
+    tokens: int
+    group: int
+
+    @classmethod
+    def of(cls, queries: torch.Tensor, keys: torch.Tensor) -> "LayerMoments":
+        """Moments of queries [Hq, T, D] and keys [Hkv, T, D] after RoPE."""
+        heads, tokens, dim = queries.shape
+        kv_heads = keys.shape[0]
+        grouped = queries.view(kv_heads, -1, tokens, dim)  # [Hkv, G, T, D]
+        sums = [cls._head_sums(grouped[h].double(), keys[h].double()) for h in range(kv_heads)]
+        stacked = [torch.stack(parts) for parts in zip(*sums, strict=True)]
+        return cls(*stacked, tokens=tokens, group=heads // kv_heads)
+
+    @staticmethod
+    def _head_sums(queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """One KV head: queries [G, T, D] and keys [T, D]."""
+        flat = queries.reshape(-1, keys.shape[-1])  # [G T, D]
+        size = queries.abs().sum(0)  # [T, D]
+        products = (size * keys.abs()).sum(0)
+        return flat.T @ flat, keys.T @ keys, keys.sum(0), products, size.sum(0), keys.abs().sum(0)
+
+    def add(self, other: "LayerMoments") -> None:
+        self.query += other.query
+        self.key += other.key
+        self.key_sum += other.key_sum
+        self.products += other.products
+        self.query_size += other.query_size
+        self.key_size += other.key_size
+        self.tokens += other.tokens
+
+    def maps(self, channels: int, method: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """query_map [Hq, R, D], key_map [Hkv, R, D], key_mean [Hkv, D], float32."""
+        if method == "projection":
+            mean = self.key_sum / self.tokens
+            query_moment = self.query / (self.tokens * self.group)
+            query_map, key_map = label_maps(query_moment, self.key / self.tokens, mean, channels, self.group)
+            return query_map, key_map, mean.float()
+        measure = {"channels": self.products, "channels-q": self.query_size, "channels-k": self.key_size}
+        key_map = channel_map(measure[method], channels)
+        return key_map.repeat_interleave(self.group, 0), key_map, torch.zeros_like(key_map[:, 0])
+
+
+def calibrate_layer(
+    queries: torch.Tensor, keys: torch.Tensor, channels: int, method: str = "projection"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Label maps of one layer from one stretch of tokens, on the device of the tensors.
+
+    queries [Hq, T, D] and keys [Hkv, T, D] after RoPE, any T >= 1. Returns
+    query_map [Hq, R, D], key_map [Hkv, R, D] and key_mean [Hkv, D], float32.
+    UserError when R > D or the method is unknown.
+    """
+    check_request(channels, method, keys.shape[-1])
+    return LayerMoments.of(queries, keys).maps(channels, method)
+
+
+def check_request(channels: int, method: str, head_dim: int) -> None:
+    if method not in METHODS:
+        raise UserError(f"method is {method!r}; choose one of {', '.join(METHODS)}")
+    if not 1 <= channels <= head_dim:
+        raise UserError(f"label_channels is {channels} but head_dim is {head_dim}; choose 1 to {head_dim}")
+
+
+def label_maps(
+    query_moment: torch.Tensor,
+    key_moment: torch.Tensor,
+    key_mean: torch.Tensor,
+    channels: int,
+    group: int,
+    ridge: float = RIDGE,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The projection of one layer: query_map [Hkv * group, R, D] and key_map [Hkv, R, D], float32.
+
+    query_moment and key_moment [Hkv, D, D]: E q q^T and E k k^T (about zero);
+    key_mean [Hkv, D]. Computed in float64 on their device. Directions without
+    any signal get zero weight, so R may exceed the rank.
+    """
+    mean = key_mean.double()
+    centred = key_moment.double() - mean[:, :, None] * mean[:, None, :]
+    cq, ck = with_ridge(query_moment.double(), ridge), with_ridge(centred, ridge)
+    factor = torch.linalg.cholesky(ck)  # [Hkv, D, D] lower, ck = factor factor^T
+    squares, vectors = torch.linalg.eigh(factor.mT @ cq @ factor)  # ascending
+    squares = squares[:, -channels:].clamp_min(0)
+    s = squares.sqrt()[:, :, None]  # [Hkv, R, 1]
+    w = vectors[:, :, -channels:].mT @ factor.mT  # [Hkv, R, D]
+    inverse = torch.where(s > s.amax(1, keepdim=True) * 1e-9, 1 / s, 0)  # 1e-9: float64 noise of a square root
+    rotation = spread(channels).to(s)
+    query_map = rotation @ (inverse.sqrt() * w)
+    key_map = rotation @ (inverse**1.5 * (w @ cq))
+    return query_map.float().repeat_interleave(group, 0), key_map.float()
+
+
+def with_ridge(moment: torch.Tensor, ridge: float) -> torch.Tensor:
+    """moment [Hkv, D, D] plus ridge times its mean eigenvalue; the least double for an all-zero one."""
+    mean_eigenvalue = moment.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)  # [Hkv]
+    identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    return (moment + moment.mT) / 2 + ridge * mean_eigenvalue[:, None, None] * identity
+
+
+def spread(size: int) -> torch.Tensor:
+    """An orthogonal [size, size] float64 matrix that mixes all directions evenly.
+
+    Hadamard (Sylvester) where size is a power of two: every entry is +-1/sqrt(size).
+    Otherwise the Hartley matrix, which exists for every size.
+    """
+    if size & (size - 1):
+        index = torch.arange(size, dtype=torch.float64)
+        angle = 2 * torch.pi * index[:, None] * index / size
+        return (angle.cos() + angle.sin()) / size**0.5
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / size**0.5
+
+
+def channel_map(measure: torch.Tensor, channels: int) -> torch.Tensor:
+    """Rows of the identity [Hkv, R, D] for the R largest entries of measure [Hkv, D], ascending."""
+    chosen = measure.topk(channels, -1).indices.sort(-1).values  # [Hkv, R]
+    return torch.nn.functional.one_hot(chosen, measure.shape[-1]).float()
