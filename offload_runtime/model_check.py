@@ -158,9 +158,9 @@ def config_dtype(config: Any, text: Any) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def check_label_channels(label_channels: int, shape: ModelShape) -> None:
+def check_label_channels(label_channels: int | None, shape: ModelShape) -> None:
     """R label channels of a key of head_dim numbers: more would store more than the key."""
-    if label_channels > shape.head_dim:
+    if label_channels is not None and label_channels > shape.head_dim:
         raise UserError(
             f"label_channels is {label_channels} but this model's head_dim is {shape.head_dim}; "
             f"choose --label-channels {shape.head_dim} or less"
