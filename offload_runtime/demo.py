@@ -9,11 +9,12 @@ from typing import Any
 from .errors import UserError
 
 # Names the embedded model finds keys by: it learned "adjective-noun" names in this wording.
-ADJECTIVES = "silly torpid brave hollow rapid gentle curious wooden bright quiet stormy ancient".split()
-NOUNS = "walrus kid lantern falcon bottle meadow piano rocket sailor temple violin basket".split()
+ADJECTIVES = ("silly", "torpid", "brave", "hollow", "rapid", "gentle", "curious", "wooden", "bright", "quiet")
+NOUNS = ("walrus", "kid", "lantern", "falcon", "bottle", "meadow", "piano", "rocket", "sailor", "temple")
 SENTENCE = "The pass key for {name} is {number}."
 QUESTION = "\n\nThe pass key for {name} is"
 PARAGRAPH_END = "\n\n"
+DECOY_PLACES = [0.05 + 0.1 * step for step in range(10)]
 DECOYS = 3  # other keys in the text, so that finding any number is not enough
 
 
@@ -55,7 +56,8 @@ def build_document(
     adjectives, nouns = draw.sample(ADJECTIVES, DECOYS + 1), draw.sample(NOUNS, DECOYS + 1)
     names = [f"{a}-{n}" for a, n in zip(adjectives, nouns, strict=True)]
     numbers = [str(draw.randrange(10000, 100000)) for _ in names]
-    depths = [depth, *(draw.random() for _ in range(DECOYS))]
+    free_places = [place for place in DECOY_PLACES if abs(place - depth) >= 0.1]  # keys side by side confuse
+    depths = [depth, *draw.sample(free_places, DECOYS)]
     sentences = [SENTENCE.format(name=n, number=number) for n, number in zip(names, numbers, strict=True)]
     question = QUESTION.format(name=names[0])
     rest = tokens - count_tokens(" ".join(sentences) + question)
@@ -85,7 +87,7 @@ def filler(prose: str, tokens: int, count_tokens: Callable[[str], int]) -> str:
         index = len(taken) % len(source)
         taken.append(source[index])
         total += sizes[index]
-    spare = total - tokens
+    spare = total - tokens - count_tokens(PARAGRAPH_END)  # the last paragraph has no end to count
     words = taken[-1].split(" ")
     while len(words) > 1 and (size := count_tokens(words[-1] + " ")) <= spare:
         spare -= size
