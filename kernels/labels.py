@@ -17,6 +17,20 @@ def code_width(channels: int, bits: int) -> int:
     return channels // 2 if bits == 4 else channels
 
 
+def make_labels(
+    keys: torch.Tensor,
+    key_map: torch.Tensor,
+    key_mean: torch.Tensor,
+    starts: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    bits: int,
+) -> None:
+    """Write labels into the label cache; shapes as in make_labels_reference."""
+    run = make_labels_triton if keys.is_cuda else make_labels_reference
+    run(keys, key_map, key_mean, starts, codes, scales, bits)
+
+
 def make_labels_reference(
     keys: torch.Tensor,
     key_map: torch.Tensor,
@@ -64,3 +78,99 @@ def read_labels(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.T
     if bits == 4:
         codes = torch.cat([codes & 15, codes >> 4], -1)  # [..., R]
     return codes.float() * scales[..., :1].float() + scales[..., 1:].float()
+
+
+def make_labels_triton(
+    keys: torch.Tensor,
+    key_map: torch.Tensor,
+    key_mean: torch.Tensor,
+    starts: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    bits: int,
+    block_tokens: int = 64,
+    num_warps: int = 4,
+) -> None:
+    """One launch: a program a KV head for one token (decode), a program a block of tokens for more.
+
+    Labels are float32 sums in either case, so codes differ from the reference
+    only where it is a rounding tie away from the next code.
+    """
+    batch, kv_heads, tokens, dim = keys.shape
+    channels = key_map.shape[1]
+    assert keys.stride(3) == 1
+    assert key_map.is_contiguous()
+    assert key_mean.is_contiguous()
+    assert codes[0, 0].is_contiguous()
+    assert scales[0, 0].is_contiguous()
+    # Below 16 tokens a matrix product is mostly padding: one token a program, multiplied and summed.
+    block = block_tokens if tokens >= 16 else 1
+    _make_labels_kernel[(triton.cdiv(tokens, block), batch * kv_heads)](
+        keys, key_map, key_mean, starts, codes, scales,
+        keys.stride(0), keys.stride(1), keys.stride(2),
+        codes.stride(0), codes.stride(1), scales.stride(0), scales.stride(1), tokens,
+        KV_HEADS=kv_heads, DIM=dim, BLOCK_D=32 if block > 1 else triton.next_power_of_2(dim),
+        R=channels, BITS=bits, BLOCK=block, num_warps=num_warps,
+    )  # fmt: skip
+
+
+@triton.jit
+def _make_labels_kernel(
+    keys, key_map, key_mean, starts, codes, scales,
+    keys_b, keys_h, keys_t, codes_b, codes_h, scales_b, scales_h, tokens,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    R: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i_b = (tl.program_id(1) // KV_HEADS).to(tl.int64)
+    i_h = (tl.program_id(1) % KV_HEADS).to(tl.int64)
+    start = tl.load(starts + i_b).to(tl.int64)
+    o_t = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    o_r = tl.arange(0, R)
+    m_t = o_t < tokens
+    b_label = tl.zeros([BLOCK, R], tl.float32)
+    for first in tl.static_range(0, DIM, BLOCK_D):
+        o_d = first + tl.arange(0, BLOCK_D)
+        m_d = o_d < DIM
+        p_key = keys + i_b * keys_b + i_h * keys_h + o_t[:, None] * keys_t + o_d[None, :]
+        b_key = tl.load(p_key, mask=m_t[:, None] & m_d[None, :], other=0.0).to(tl.float32)  # [T, D]
+        b_mean = tl.load(key_mean + i_h * DIM + o_d, mask=m_d, other=0.0)  # [D]
+        b_key = b_key - b_mean[None, :]
+        p_map = key_map + (i_h * R + o_r[:, None]) * DIM + o_d[None, :]
+        b_map = tl.load(p_map, mask=m_d[None, :], other=0.0)  # [R, D]
+        if BLOCK == 1:
+            b_label += tl.sum(b_map * b_key, 1)[None, :]
+        else:
+            b_label = tl.dot(b_key, tl.trans(b_map), b_label, input_precision="ieee")
+    if BITS == 16:
+        p_code = codes + i_b * codes_b + i_h * codes_h + (start + o_t[:, None]) * R + o_r[None, :]
+        tl.store(p_code, b_label.to(codes.dtype.element_ty), mask=m_t[:, None])
+    else:
+        _store_codes(
+            b_label, codes + i_b * codes_b + i_h * codes_h, scales + i_b * scales_b + i_h * scales_h,
+            start + o_t, m_t, R, BITS, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_codes(
+    b_label, p_codes, p_scales, o_t, m_t, R: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """quantise() of a [BLOCK, R] block, and its stores at token positions o_t."""
+    LEVELS: tl.constexpr = 2**BITS - 1
+    b_offset = tl.min(b_label, 1).to(tl.float16)  # [BLOCK]
+    b_span = tl.max(b_label, 1) - b_offset.to(tl.float32)
+    b_scale = (b_span / LEVELS).to(tl.float16)
+    safe_scale = tl.where(b_scale > 0, b_scale.to(tl.float32), 1.0)
+    b_code = tl.floor((b_label - b_offset.to(tl.float32)[:, None]) / safe_scale[:, None] + 0.5)
+    b_code = tl.minimum(tl.maximum(b_code, 0.0), LEVELS).to(tl.int32)  # [BLOCK, R]
+    tl.store(p_scales + o_t * 2, b_scale, mask=m_t)
+    tl.store(p_scales + o_t * 2 + 1, b_offset, mask=m_t)
+    if BITS == 4:
+        halves = tl.permute(tl.reshape(b_code, [BLOCK, 2, R // 2]), (0, 2, 1))  # [BLOCK, R / 2, 2]
+        low, high = tl.split(halves)
+        o_c = tl.arange(0, R // 2)
+        p_code = p_codes + o_t[:, None] * (R // 2) + o_c[None, :]
+        tl.store(p_code, (low | (high << 4)).to(tl.uint8), mask=m_t[:, None])
+    else:
+        p_code = p_codes + o_t[:, None] * R + tl.arange(0, R)[None, :]
+        tl.store(p_code, b_code.to(tl.uint8), mask=m_t[:, None])

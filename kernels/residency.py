@@ -61,3 +61,117 @@ def resolve_reference(
             counters[phase] += torch.tensor(
                 [len(chosen), len(hit), predicted], dtype=torch.int64, device=counters.device
             )
+
+
+def resolve_triton(
+    tokens: torch.Tensor,
+    counts: torch.Tensor,
+    slot_of_token: torch.Tensor,
+    token_in_slot: torch.Tensor,
+    stamps: torch.Tensor,
+    hand: torch.Tensor,
+    step: torch.Tensor,
+    phase: int,
+    miss_tokens: torch.Tensor,
+    miss_slots: torch.Tensor,
+    miss_counts: torch.Tensor,
+    counters: torch.Tensor,
+) -> None:
+    """resolve_reference as one program a (sequence, KV head), with the same bits."""
+    batch, kv_heads, k_max = tokens.shape
+    # The look-ups are two dependent reads, so a block takes as many tokens as fit: 8 a thread.
+    block = min(8192, max(1024, triton.next_power_of_2(k_max)))
+    resolve_kernel[(batch * kv_heads,)](
+        tokens, counts, slot_of_token, token_in_slot, stamps, hand, step,
+        miss_tokens, miss_slots, miss_counts, counters,
+        kv_heads, k_max, slot_of_token.shape[-1], token_in_slot.shape[-1],
+        PHASE=phase, BLOCK=block, SCAN=min(block, 4096), num_warps=block // 256,
+    )  # fmt: skip
+
+
+@triton.jit
+def resolve_kernel(
+    tokens, counts, slot_of_token, token_in_slot, stamps, hand, step,
+    miss_tokens, miss_slots, miss_counts, counters,
+    kv_heads, k_max, capacity, n_slots,
+    PHASE: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    """Stamp the hits and list the misses, then give the misses the next free slots."""
+    row = tl.program_id(0)
+    count = tl.load(counts + row // kv_heads)
+    now = 2 * tl.load(step) + PHASE
+    tokens += row.to(tl.int64) * k_max
+    miss_tokens += row.to(tl.int64) * k_max
+    miss_slots += row.to(tl.int64) * k_max
+    slot_of_token += row.to(tl.int64) * capacity
+    token_in_slot += row.to(tl.int64) * n_slots
+    stamps += row.to(tl.int64) * n_slots
+
+    misses = 0
+    predicted = 0
+    for first in range(0, count, BLOCK):
+        index = first + tl.arange(0, BLOCK)  # [BLOCK] places in the selection
+        token = tl.load(tokens + index, mask=index < count, other=0)
+        slot = tl.load(slot_of_token + token, mask=index < count, other=0)
+        hit = (index < count) & (slot >= 0)
+        miss = (index < count) & (slot < 0)
+        if PHASE == 1:
+            stamp = tl.load(stamps + slot, mask=hit, other=-1)
+            predicted += tl.sum((hit & (stamp == now - 1)).to(tl.int32), 0)
+        tl.store(stamps + slot, tl.zeros([BLOCK], tl.int32) + now, mask=hit)
+        place = misses + tl.cumsum(miss.to(tl.int32), 0) - 1
+        tl.store(miss_tokens + place, token, mask=miss)
+        misses += tl.sum(miss.to(tl.int32), 0)
+    tl.debug_barrier()  # the stamps and the miss list are read below by other threads
+
+    start = tl.load(hand + row)
+    scanned = 0
+    given = 0
+    last = start - 1
+    while (given < misses) & (scanned < n_slots):
+        offset = scanned + tl.arange(0, SCAN)  # [SCAN] slots in ring order from the hand
+        inside = offset < n_slots
+        slot = start + offset
+        slot = tl.where(slot >= n_slots, slot - n_slots, slot)
+        free = inside & (tl.load(stamps + slot, mask=inside, other=0) != now)
+        place = given + tl.cumsum(free.to(tl.int32), 0) - 1
+        taken = free & (place < misses)
+        evicted = tl.load(token_in_slot + slot, mask=taken, other=-1)
+        token = tl.load(miss_tokens + place, mask=taken, other=0)
+        tl.store(slot_of_token + evicted, tl.full([SCAN], -1, tl.int32), mask=taken & (evicted >= 0))
+        tl.store(slot_of_token + token, slot, mask=taken)
+        tl.store(token_in_slot + slot, token, mask=taken)
+        tl.store(stamps + slot, tl.zeros([SCAN], tl.int32) + now, mask=taken)
+        tl.store(miss_slots + place, slot, mask=taken)
+        furthest = tl.max(tl.where(taken, offset, -1), 0)
+        last = tl.where(furthest >= 0, start + furthest, last)
+        given += tl.sum(taken.to(tl.int32), 0)
+        scanned += SCAN
+
+    tl.store(hand + row, (last + 1) % n_slots)
+    tl.store(miss_counts + row, misses)
+    tl.atomic_add(counters + PHASE * 3 + 0, count.to(tl.int64))
+    tl.atomic_add(counters + PHASE * 3 + 1, (count - misses).to(tl.int64))
+    tl.atomic_add(counters + PHASE * 3 + 2, predicted.to(tl.int64))
+
+
+def resolve(
+    tokens: torch.Tensor,
+    counts: torch.Tensor,
+    slot_of_token: torch.Tensor,
+    token_in_slot: torch.Tensor,
+    stamps: torch.Tensor,
+    hand: torch.Tensor,
+    step: torch.Tensor,
+    phase: int,
+    miss_tokens: torch.Tensor,
+    miss_slots: torch.Tensor,
+    miss_counts: torch.Tensor,
+    counters: torch.Tensor,
+) -> None:
+    """resolve_reference, on the GPU where the selection is there."""
+    run = resolve_triton if tokens.is_cuda else resolve_reference
+    run(
+        tokens, counts, slot_of_token, token_in_slot, stamps, hand, step, phase,
+        miss_tokens, miss_slots, miss_counts, counters,
+    )  # fmt: skip

@@ -10,6 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
+from .radix import (
+    DIGITS,
+    digit_kernel,
+    fill_rest,
+    load_keys,
+    radix_plan,
+    radix_scratch,
+    rank_tokens,
+    span_of_row,
+)
+
 
 def select_topk_reference(
     scores: torch.Tensor,
@@ -32,6 +43,65 @@ def select_topk_reference(
         end = max(sinks, length - recent)
         count = min(budget, end - sinks)
         counts[b] = count
-        order = scores[b, :, sinks:end].sort(-1, descending=True, stable=True).indices
+        order = scores[b, :, sinks:end].sort(dim=-1, descending=True, stable=True).indices
         chosen = order[:, :count].sort(-1).values + sinks  # [Hkv, count]
         tokens[b, :, :count] = chosen.int()
+
+
+def select_topk_triton(
+    scores: torch.Tensor,
+    budgets: torch.Tensor,
+    lengths: torch.Tensor,
+    sinks: int,
+    recent: int,
+    tokens: torch.Tensor,
+    counts: torch.Tensor,
+) -> None:
+    """select_topk_reference as five launches of a radix select (radix.py)."""
+    batch, kv_heads, capacity = scores.shape
+    rows = batch * kv_heads
+    chunk, blocks, warps, vec = radix_plan(rows, capacity)
+    hist, state, above = radix_scratch(1, rows, blocks, scores.device)
+    for digit in range(DIGITS):
+        digit_kernel[(blocks, rows)](
+            scores, scores, tokens, counts, budgets, lengths, hist, state, above, state,
+            kv_heads, capacity, sinks, recent, 0, 0,
+            DIGIT=digit, STREAMS=1, CHUNK=chunk, VEC=vec, num_warps=warps,
+        )  # fmt: skip
+    compact_kernel[(blocks, rows)](
+        scores, budgets, lengths, hist, state, above, tokens, counts,
+        kv_heads, capacity, sinks, recent, tokens.shape[-1], CHUNK=chunk, VEC=vec, num_warps=warps,
+    )  # fmt: skip
+
+
+@triton.jit
+def compact_kernel(
+    scores, budgets, lengths, hist, state, above, tokens, counts,
+    kv_heads, capacity, sinks, recent, k_max, CHUNK: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Write a block's selected tokens to their places, and -1 past the count."""
+    block, row = tl.program_id(0), tl.program_id(1)
+    blocks, rows = tl.num_programs(0), tl.num_programs(1)
+    count, end = span_of_row(budgets, lengths, row, kv_heads, sinks, recent)
+    fill_rest(tokens, row, block, blocks, count, k_max)
+    if (block == 0) & (row % kv_heads == 0):
+        tl.store(counts + row // kv_heads, count)
+    if block * CHUNK < end:
+        used = tl.cdiv(end, CHUNK)
+        positions, selectable, key = load_keys(scores, row, block, capacity, sinks, end, CHUNK, VEC)
+        taken, upto = rank_tokens(hist, state, above, key, selectable, 0, row, block, rows, blocks, used, 1)
+        tl.store(tokens + row.to(tl.int64) * k_max + upto - 1, positions, mask=taken)
+
+
+def select_topk(
+    scores: torch.Tensor,
+    budgets: torch.Tensor,
+    lengths: torch.Tensor,
+    sinks: int,
+    recent: int,
+    tokens: torch.Tensor,
+    counts: torch.Tensor,
+) -> None:
+    """select_topk_reference, on the GPU where the scores are there."""
+    run = select_topk_triton if scores.is_cuda else select_topk_reference
+    run(scores, budgets, lengths, sinks, recent, tokens, counts)

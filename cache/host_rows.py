@@ -1,0 +1,32 @@
+"""The full KV cache: every token's row of one layer, in host memory.
+
+[B, Hkv, capacity, row]: one contiguous region a layer, head-major, because a
+random gather runs at the link's speed only while its rows lie within about a
+GiB (address translation, measured).
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from .layout import KVLayout
+from .pinned import pinned_empty
+
+
+class HostRows:
+    """One layer's rows. `rows` waits for the allocation, which may run in the background."""
+
+    def __init__(self, layout: KVLayout, pin: bool, allocator: ThreadPoolExecutor) -> None:
+        self.shape = (layout.batch, layout.kv_heads, layout.capacity, layout.row_elements)
+        self.dtype = layout.dtype
+        self._pending: Future[torch.Tensor] = allocator.submit(self._allocate, pin)
+
+    def _allocate(self, pin: bool) -> torch.Tensor:
+        if pin:
+            return pinned_empty(self.shape, self.dtype)
+        return torch.empty(self.shape, dtype=self.dtype)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """[B, Hkv, capacity, row]; raises MemoryError if the host had no room."""
+        return self._pending.result()

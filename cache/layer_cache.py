@@ -1,0 +1,138 @@
+"""One layer's cache: append, select, fetch, attend. The path of a row in four verbs."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels.append import append_rows
+from ..kernels.gather import gather_rows
+from ..kernels.query_labels import query_labels
+from ..kernels.residency import resolve
+from ..kernels.scores import label_scores
+from ..kernels.sparse_decode import sparse_attention
+from ..kernels.sticky import sticky_topk
+from ..kernels.topk import select_topk
+from .host_rows import HostRows
+from .label_cache import LabelCache, LabelMaps
+from .layout import KVLayout
+from .resident_set import ResidentSet
+from .selection import Selection, Workspace
+
+PREDICTED, TRUE = 0, 1  # phases of a step, the first index of the counters
+
+
+@dataclass
+class BatchState:
+    """What changes from step to step, in GPU memory, shared by all layers."""
+
+    lengths: torch.Tensor  # [B] int32: tokens, the current one included
+    budgets: torch.Tensor  # [B] int32: K of each sequence
+    step: torch.Tensor  # [1] int32: decode steps since the caches were cleared
+
+
+class LayerCache:
+    """Rows in host memory, labels and resident rows on the device, of one layer."""
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        state: BatchState,
+        device: torch.device,
+        new_rows: int | None,
+        allocator: ThreadPoolExecutor,
+    ) -> None:
+        self.layout, self.state, self.new_rows = layout, state, new_rows
+        self.host = HostRows(layout, device.type == "cuda", allocator)
+        self.labels = LabelCache(layout, device)
+        self.resident = ResidentSet(layout, device)
+        self.maps: LabelMaps | None = None
+        self.previous = Selection(layout, device) if new_rows is not None else None
+        self.counters = torch.zeros(2, 3, dtype=torch.int64, device=device)
+
+    def clear(self) -> None:
+        """Start clean: nothing resident, nothing counted, no previous selection."""
+        self.resident.clear()
+        self.counters.zero_()
+        if self.previous is not None:
+            self.previous.clear()
+
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store the current token: key and value [B, Hkv, D] to slots and host, its label to the cache."""
+        lengths, resident = self.state.lengths, self.resident
+        append_rows(
+            key, value, lengths, resident.slots, resident.sinks, resident.recent, self.host.rows
+        )
+        assert self.maps is not None, "prefill sets the label maps"
+        self.labels.write(key[:, :, None], self.maps, lengths - 1)  # [B, Hkv, 1, D]
+
+    def select(
+        self, query: torch.Tensor, scale: float, selection: Selection, work: Workspace, predicted: bool
+    ) -> None:
+        """Choose each KV head's tokens for query [B, Hq, D] by label score."""
+        state, resident, maps = self.state, self.resident, self.maps
+        assert maps is not None, "prefill sets the label maps"
+        fixed = (resident.sinks, resident.recent)
+        labels, offsets = query_labels(
+            query, maps.query_map, maps.key_mean, resident.slots, state.lengths, *fixed, scale, not predicted
+        )
+        cache = self.labels
+        label_scores(
+            labels, offsets, cache.codes, cache.scales, cache.bits, state.lengths, *fixed, work.scores
+        )
+        chosen = (selection.tokens, selection.counts)
+        if self.previous is None:
+            select_topk(work.scores, state.budgets, state.lengths, *fixed, *chosen)
+        else:
+            before = (self.previous.tokens, self.previous.counts)
+            assert self.new_rows is not None
+            sticky_topk(
+                work.scores, state.budgets, self.new_rows, state.lengths, *fixed, *before, *chosen
+            )
+
+    def fetch(self, selection: Selection, work: Workspace, phase: int) -> None:
+        """Bring the selected rows that are not resident from host memory into free slots."""
+        resident = self.resident
+        misses = (work.miss_tokens, work.miss_slots, work.miss_counts)
+        resolve(
+            selection.tokens,
+            selection.counts,
+            resident.slot_of_token,
+            resident.token_in_slot,
+            resident.stamps,
+            resident.hand,
+            self.state.step,
+            phase,
+            *misses,
+            self.counters,
+        )
+        gather_rows(self.host.rows, *misses, resident.slots, self.layout.fixed_slots)
+
+    def keep(self, selection: Selection) -> None:
+        """Remember the selection that was attended to: the next sticky selection starts from it."""
+        if self.previous is not None:
+            self.previous.copy_from(selection)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        selection: Selection,
+        scale: float,
+        softcap: float = 0.0,
+        sink_logits: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of query [B, Hq, D] over sinks, selection, recent and current token; [B, Hq, D]."""
+        resident = self.resident
+        return sparse_attention(
+            query,
+            resident.slots,
+            selection.tokens,
+            selection.counts,
+            resident.slot_of_token,
+            self.state.lengths,
+            resident.sinks,
+            resident.recent,
+            scale,
+            softcap,
+            sink_logits,
+        )

@@ -1,0 +1,75 @@
+"""Exact causal attention of one chunk of queries over all keys before and in it.
+
+Nothing of size S x S: the reference walks the keys in blocks with a running
+softmax, the CUDA path is PyTorch's flash attention, whose causal mask is
+aligned to the last key.
+"""
+
+import torch
+
+KEY_BLOCK = 2048  # keys a step of the reference: [Hq, T, block] logits stay small against the weights
+
+
+def prefill_attention_reference(
+    query: torch.Tensor,
+    rows: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sink_logits: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend with the last T of E positions; returns [1, T, Hq, D].
+
+    query [1, Hq, T, D]: positions E - T .. E - 1; rows [Hkv, E, >= 2 D]: K and V of
+    positions 0 .. E - 1. window: keys a query sees, itself included, 0 for all.
+    softcap and sink_logits as in sparse_attention.
+    """
+    _, heads, count, dim = query.shape
+    kv_heads, end, _ = rows.shape
+    q = query[0].float().reshape(kv_heads, -1, dim) * scale  # [Hkv, G T, D]
+    positions = torch.arange(end - count, end, device=query.device)  # [T]
+    best = q.new_full((kv_heads, heads // kv_heads, count, 1), float("-inf"))
+    mass, total = torch.zeros_like(best), q.new_zeros(kv_heads, heads // kv_heads, count, dim)
+    if sink_logits is not None:
+        best = sink_logits.float().view(kv_heads, -1, 1, 1).expand_as(best)
+        mass = torch.ones_like(best)
+    first = max(0, end - count - window + 1) if window else 0
+    for start in range(first, end, KEY_BLOCK):
+        block = rows[:, start : start + KEY_BLOCK].float()
+        logits = (q @ block[..., :dim].transpose(1, 2)).view(kv_heads, -1, count, block.shape[1])
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        key = torch.arange(start, start + block.shape[1], device=query.device)
+        hidden = key > positions[:, None]  # [T, block]
+        if window:
+            hidden |= key <= positions[:, None] - window
+        logits.masked_fill_(hidden, float("-inf"))
+        higher = torch.maximum(best, logits.amax(-1, keepdim=True))
+        safe = higher.clamp_min(-1e30)  # a block may hide every key of a query
+        weights, shrink = torch.exp(logits - safe), torch.exp(best - safe)
+        mass = mass * shrink + weights.sum(-1, keepdim=True)
+        values = block[:, None, :, dim : 2 * dim]  # [Hkv, 1, block, D]
+        total = total * shrink + weights @ values
+        best = higher
+    out = (total / mass).view(1, heads, count, dim)
+    return out.transpose(1, 2).to(query.dtype)
+
+
+def prefill_attention(
+    query: torch.Tensor,
+    rows: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sink_logits: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """prefill_attention_reference on CPU; flash attention on CUDA where it has what the layer needs."""
+    plain = not window and not softcap and sink_logits is None
+    if not (query.is_cuda and plain and query.dtype in (torch.bfloat16, torch.float16)):
+        return prefill_attention_reference(query, rows, scale, window, softcap, sink_logits)
+    dim = query.shape[-1]
+    keys, values = rows[None, :, :, :dim], rows[None, :, :, dim : 2 * dim]
+    out = torch.ops.aten._scaled_dot_product_flash_attention(
+        query, keys, values, 0.0, True, False, scale=scale
+    )[0]
+    return out.transpose(1, 2)

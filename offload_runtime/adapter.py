@@ -1,0 +1,157 @@
+"""The one place that knows how a transformers model is put together.
+
+Decoder layers are called as they are. Attention comes in through transformers'
+AttentionInterface: every attention module of the model carries a handler for
+the time of a run. A layer-ahead query is the next layer's own attention module,
+run on this layer's input until it hands over its query.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from .errors import UserError
+
+IMPLEMENTATION = "ds_offload"
+
+
+@dataclass
+class AttentionCall:
+    """What a layer hands to its attention: query [B, Hq, T, D], key and value [B, Hkv, T, D] after RoPE."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+    softcap: float = 0.0
+    window: int = 0
+    sink_logits: torch.Tensor | None = None
+
+
+Handler = Callable[[AttentionCall], torch.Tensor]  # returns [B, T, Hq, D]
+
+
+class QueryReady(Exception):
+    """Carries a query out of an attention module before the module does anything with it."""
+
+    def __init__(self, query: torch.Tensor, scale: float) -> None:
+        self.query, self.scale = query, scale
+
+
+def stop_at_query(call: AttentionCall) -> torch.Tensor:
+    raise QueryReady(call.query, call.scale)
+
+
+def offloaded_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: pass the call to the module's handler."""
+    handler: Handler = module.offload_handler  # type: ignore[assignment]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    call = AttentionCall(query, key, value, scale, softcap or 0.0, sliding_window or 0, s_aux)
+    return handler(call), None
+
+
+def no_mask(*_: Any, **__: Any) -> None:
+    """transformers' mask function: sequences are stored without padding, so none is needed."""
+
+
+AttentionInterface.register(IMPLEMENTATION, offloaded_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, no_mask)
+
+
+class ModelAdapter:
+    """A transformers causal LM seen as a list of decoder layers with attention modules."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.base = model.get_decoder()
+        layers = getattr(self.base, "layers", None)
+        if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
+            raise UserError(
+                f"{type(model).__name__} is not supported: its decoder has no list `layers` "
+                "of blocks with a `self_attn`"
+            )
+        self.layers: Sequence[nn.Module] = list(layers)
+        self.attentions = [layer.self_attn for layer in self.layers]
+        self.final_norm: nn.Module = self.base.norm
+        config = model.config.get_text_config(decoder=True)
+        self.query_heads: int = config.num_attention_heads
+        self.kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.head_dim: int = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        self.trained_positions: int = getattr(config, "max_position_embeddings", 0) or 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @contextmanager
+    def handled_by(self, handlers: Sequence[Handler]) -> Iterator[None]:
+        """Route every layer's attention to its handler; restore the model's own attention afterwards."""
+        before = self.model.config._attn_implementation
+        self.model.set_attn_implementation(IMPLEMENTATION)
+        try:
+            for attention, handler in zip(self.attentions, handlers, strict=True):
+                attention.offload_handler = handler
+            yield
+        finally:
+            for attention in self.attentions:
+                if hasattr(attention, "offload_handler"):
+                    del attention.offload_handler
+            self.model.set_attn_implementation(before)
+
+    @contextmanager
+    def observed_by(self, observer: Callable[[int, torch.Tensor, dict[str, Any]], None]) -> Iterator[None]:
+        """Call observer(layer index, its input [B, T, E], its keyword arguments) before every layer."""
+
+        def hook_for(index: int) -> Callable[..., None]:
+            def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+                observer(index, arguments[0], keywords)
+
+            return hook
+
+        handles = [
+            layer.register_forward_pre_hook(hook_for(index), with_kwargs=True)
+            for index, layer in enumerate(self.layers)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def predicted_query(
+        self, index: int, hidden: torch.Tensor, keywords: dict[str, Any]
+    ) -> tuple[torch.Tensor, float]:
+        """Layer `index`'s query [B, Hq, T, D] and softmax scale, from its predecessor's input [B, T, E]."""
+        layer, attention = self.layers[index], self.attentions[index]
+        norm = getattr(layer, "input_layernorm", None)
+        handler = attention.offload_handler
+        attention.offload_handler = stop_at_query
+        try:
+            attention(hidden_states=hidden if norm is None else norm(hidden), **keywords)
+        except QueryReady as ready:
+            return ready.query, ready.scale
+        finally:
+            attention.offload_handler = handler
+        raise UserError(f"{type(attention).__name__} does not use transformers' attention interface")

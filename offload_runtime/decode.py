@@ -1,0 +1,88 @@
+"""Decode: one token through all layers, replayed as one CUDA graph where there is a GPU."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .adapter import AttentionCall, ModelAdapter
+from .cache.layer_cache import BatchState, LayerCache
+from .prefetch.scheduler import Prefetcher
+
+
+class DecodeLoop:
+    """Steps a batch by one token at a time. All state is in the caches and in GPU memory.
+
+    The first step runs as it is (kernels compile, the allocator warms up), the
+    second is captured and every later one is a replay of that graph.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        caches: list[LayerCache],
+        state: BatchState,
+        prefetcher: Prefetcher,
+        use_graph: bool,
+    ) -> None:
+        self.adapter, self.caches, self.state, self.prefetcher = adapter, caches, state, prefetcher
+        batch = state.lengths.shape[0]
+        self.token_ids = torch.zeros(batch, 1, dtype=torch.long, device=adapter.device)
+        self.use_graph = use_graph and adapter.device.type == "cuda"
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.warm = False
+        self.logits: torch.Tensor | None = None
+
+    def step(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Append token_ids [B] and return the next token's logits [B, V] (reused by the next step)."""
+        self.token_ids.copy_(token_ids[:, None])
+        if self.graph is not None:
+            self.graph.replay()
+        elif self.use_graph and self.warm:
+            self._capture()
+        else:
+            self.logits = self._forward()
+            self.warm = True
+        assert self.logits is not None
+        return self.logits
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.logits = self._forward()
+        self.graph = graph
+        graph.replay()  # capturing records the step without running it
+
+    def _forward(self) -> torch.Tensor:
+        self.state.lengths.add_(1)
+        self.state.step.add_(1)
+        handlers = [self._handler(index) for index in range(len(self.caches))]
+        with self.adapter.handled_by(handlers), self.adapter.observed_by(self.prefetcher.before_layer):
+            logits = self.adapter.model(
+                input_ids=self.token_ids,
+                position_ids=(self.state.lengths - 1).long()[:, None],  # [B, 1]
+                use_cache=False,
+                logits_to_keep=1,
+            ).logits
+        return logits[:, -1]
+
+    def _handler(self, index: int) -> Callable[[AttentionCall], torch.Tensor]:
+        def handle(call: AttentionCall) -> torch.Tensor:
+            cache = self.caches[index]
+            query = call.query[:, :, 0]  # [B, Hq, D]
+            cache.append(call.key[:, :, 0], call.value[:, :, 0])
+            selection = self.prefetcher.selection_for(index, query, call.scale)
+            out = cache.attend(query, selection, call.scale, call.softcap, call.sink_logits)
+            return out[:, None]  # [B, 1, Hq, D]
+
+        return handle
+
+
+def query_predictor(adapter: ModelAdapter) -> Callable[..., tuple[torch.Tensor, float]]:
+    """The prefetcher's view of the adapter: one predicted query [B, Hq, D] and its scale."""
+
+    def predict(index: int, hidden: torch.Tensor, keywords: dict[str, Any]) -> tuple[torch.Tensor, float]:
+        query, scale = adapter.predicted_query(index, hidden, keywords)
+        return query[:, :, 0], scale
+
+    return predict

@@ -1,0 +1,168 @@
+"""Prefill: exact dense attention over the prompt, layer by layer, in chunks of tokens.
+
+transformers' own forward runs the model over the whole prompt; only inside a
+decoder layer is the work cut into chunks, so embeddings, rotary tables and the
+order of the layers stay the model's. Peak memory is the hidden states [S, E],
+one layer's rows [Hkv, S, row] and one chunk's activations.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapter import AttentionCall, ModelAdapter
+from .cache.label_cache import LabelMaps
+from .cache.layer_cache import LayerCache
+from .calibration import calibrate_layer
+from .kernels.prefill_attention import prefill_attention
+from .prefetch.row_writer import RowWriter
+
+GPU_CHUNK_TOKENS = 8192  # large enough for full matmul speed, 0.7 GB of MLP activations at 14,336 wide
+CPU_CHUNK_TOKENS = 1024  # keeps a block of logits in a few hundred MB
+
+Progress = Callable[[int, int], None]  # (tokens x layers done, tokens x layers in all)
+
+
+class PrefillRun:
+    """The prefill of one sequence of a batch, continuing after `kept` tokens that are cached already."""
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        caches: Sequence[LayerCache],
+        sequence: int,
+        total: int,
+        kept: int,
+        chunk_tokens: int | None,
+        self_calibrate: int | None,
+        on_progress: Progress | None,
+    ) -> None:
+        """total: tokens of the sequence; self_calibrate: label channels to calibrate for, None to keep maps."""
+        self.adapter, self.caches, self.sequence = adapter, caches, sequence
+        self.total, self.kept, self.self_calibrate = total, kept, self_calibrate
+        device = adapter.device
+        default = GPU_CHUNK_TOKENS if device.type == "cuda" else CPU_CHUNK_TOKENS
+        self.chunk_tokens = chunk_tokens or default
+        self.on_progress, self.done = on_progress, 0
+        layout = caches[0].layout
+        staging = (layout.kv_heads, total, layout.row_elements)
+        self.rows = torch.zeros(staging, dtype=layout.dtype, device=device)  # one layer's rows
+        self.writer = RowWriter(device)
+        self.position = kept  # of the next chunk, within the layer at work
+
+    def run(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Prefill token_ids [1, total - kept]; returns the last token's logits [1, V]."""
+        positions = torch.arange(self.kept, self.total, device=token_ids.device)[None]
+        handlers = [self._handler(index) for index in range(len(self.caches))]
+        with self.adapter.handled_by(handlers), self._chunked_layers(), self._last_token_norm():
+            logits = self.adapter.model(
+                input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=1
+            ).logits
+        self.writer.finish()
+        return logits[:, -1]
+
+    def _handler(self, index: int) -> Callable[[AttentionCall], torch.Tensor]:
+        def handle(call: AttentionCall) -> torch.Tensor:
+            return self._attend(self.caches[index], call)
+
+        return handle
+
+    def _attend(self, cache: LayerCache, call: AttentionCall) -> torch.Tensor:
+        """Stage one chunk's rows, label them, send them out, attend."""
+        if self.position == self.kept and self.kept:
+            self._load_kept_rows(cache)
+        count = call.key.shape[2]
+        span = slice(self.position, self.position + count)
+        self.writer.before_reuse(span.start)
+        dim = call.key.shape[-1]
+        self.rows[:, span, :dim] = call.key[0]
+        self.rows[:, span, dim : 2 * dim] = call.value[0]
+        if self.position == 0 and self.self_calibrate is not None:
+            maps = LabelMaps(*calibrate_layer(call.query[0], call.key[0], self.self_calibrate))
+            cache.maps = pad_maps(maps, cache.layout.label_channels, call.key.device)
+        assert cache.maps is not None
+        starts = torch.tensor([span.start], dtype=torch.int32, device=call.key.device)
+        cache.labels.write(call.key, cache.maps, starts, self.sequence)
+        self.writer.write(self.rows[:, span], cache.host.rows[self.sequence, :, span], span.start)
+        out = prefill_attention(
+            call.query, self.rows[:, : span.stop], call.scale, call.window, call.softcap, call.sink_logits
+        )
+        self._advance(cache, count)
+        return out
+
+    def _load_kept_rows(self, cache: LayerCache) -> None:
+        """Bring the rows of the tokens that are cached already: [Hkv, kept, row]."""
+        self.writer.finish()
+        self.rows[:, : self.kept].copy_(cache.host.rows[self.sequence, :, : self.kept], non_blocking=True)
+
+    def _advance(self, cache: LayerCache, count: int) -> None:
+        self.position += count
+        if self.position == self.total:
+            cache.resident.load_fixed(self.sequence, self.rows)
+            self.position = self.kept
+        self.done += count
+        if self.on_progress is not None:
+            self.on_progress(self.done, (self.total - self.kept) * len(self.caches))
+
+    @contextmanager
+    def _chunked_layers(self) -> Iterator[None]:
+        layers = self.adapter.layers
+        try:
+            for layer in layers:
+                layer.forward = in_chunks(layer.forward, self.chunk_tokens)
+            yield
+        finally:
+            for layer in layers:
+                layer.__dict__.pop("forward", None)
+
+    @contextmanager
+    def _last_token_norm(self) -> Iterator[None]:
+        """Only the last token's logits are needed: spare the final norm's float32 copy of [S, E]."""
+        norm: nn.Module = self.adapter.final_norm
+        handle = norm.register_forward_pre_hook(lambda _, arguments: (arguments[0][:, -1:],))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def in_chunks(forward: Callable[..., Any], chunk_tokens: int) -> Callable[..., Any]:
+    """A decoder layer's forward that works through hidden [1, S, E] in place, chunk by chunk."""
+
+    def chunked(hidden: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+        tokens = hidden.shape[1]
+        if tokens <= chunk_tokens:
+            return forward(hidden, *arguments, **keywords)
+        for start in range(0, tokens, chunk_tokens):
+            span = slice(start, start + chunk_tokens)
+            part = {name: take_tokens(value, tokens, span) for name, value in keywords.items()}
+            out = forward(hidden[:, span], *arguments, **part)
+            hidden[:, span] = out[0] if isinstance(out, tuple) else out
+        return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+    return chunked
+
+
+def take_tokens(value: Any, tokens: int, span: slice) -> Any:
+    """The chunk's part of a layer argument: its token dimension is the first one of that size."""
+    if isinstance(value, tuple):
+        return tuple(take_tokens(item, tokens, span) for item in value)
+    if not isinstance(value, torch.Tensor) or tokens not in value.shape:
+        return value
+    index = [slice(None)] * value.dim()
+    index[list(value.shape).index(tokens)] = span
+    return value[tuple(index)]
+
+
+def pad_maps(maps: LabelMaps, channels: int, device: torch.device) -> LabelMaps:
+    """The maps on a device, with zero channels added up to the width that the kernels are built for."""
+    missing = channels - maps.key_map.shape[1]
+    pad = torch.nn.functional.pad
+    return LabelMaps(
+        pad(maps.query_map, (0, 0, 0, missing)).to(device).contiguous(),  # [Hq, channels, D]
+        pad(maps.key_map, (0, 0, 0, missing)).to(device).contiguous(),  # [Hkv, channels, D]
+        maps.key_mean.to(device).contiguous(),
+    )

@@ -1,0 +1,182 @@
+"""A session: the caches of one batch, its prefill and its decode steps."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from .adapter import ModelAdapter
+from .cache.label_cache import LabelMaps
+from .cache.layer_cache import BatchState, LayerCache
+from .cache.layout import KVLayout
+from .calibration import Calibration
+from .config import DEFAULT_LABEL_CHANNELS, RuntimeConfig, label_width
+from .decode import DecodeLoop, query_predictor
+from .prefetch.scheduler import Prefetcher
+from .prefill import PrefillRun, Progress, pad_maps
+
+
+class Session:
+    """Caches for `batch` sequences of up to `capacity` tokens each; reusable after clear()."""
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        config: RuntimeConfig,
+        calibration: Calibration | None,
+        batch: int,
+        capacity: int,
+        delay_cycles: int = 0,
+    ) -> None:
+        self.adapter, self.config, self.calibration = adapter, config, calibration
+        self.layout = make_layout(adapter, config, calibration, batch, capacity)
+        device = adapter.device
+
+        def integers(count: int) -> torch.Tensor:
+            return torch.zeros(count, dtype=torch.int32, device=device)
+
+        self.state = BatchState(integers(batch), integers(batch), integers(1))
+        self.allocator = ThreadPoolExecutor(1, thread_name_prefix="pinned-rows")
+        self.caches = [
+            LayerCache(self.layout, self.state, device, config.new_rows, self.allocator)
+            for _ in adapter.layers
+        ]
+        self.prefetcher = Prefetcher(
+            self.layout,
+            self.caches,
+            query_predictor(adapter),
+            predicted_layers(config, calibration, len(self.caches)),
+            config.prefetch == "predict",
+            device,
+            delay_cycles,
+        )
+        self.decoder = DecodeLoop(adapter, self.caches, self.state, self.prefetcher, config.cuda_graph)
+        self.cached_ids: list[torch.Tensor] = [torch.empty(0, dtype=torch.long)] * batch
+        self.set_maps()
+
+    def set_maps(self) -> None:
+        """Give every layer its label maps from the calibration, if there is one."""
+        if self.calibration is None:
+            return
+        c, device = self.calibration, self.adapter.device
+        for index, cache in enumerate(self.caches):
+            maps = LabelMaps(c.query_map[index], c.key_map[index], c.key_mean[index])
+            cache.maps = pad_maps(maps, self.layout.label_channels, device)
+
+    def clear(self) -> None:
+        """Forget every token."""
+        self.state.step.zero_()
+        self.state.lengths.zero_()
+        self.cached_ids = [torch.empty(0, dtype=torch.long)] * self.layout.batch
+        for cache in self.caches:
+            cache.clear()
+
+    def prefill(
+        self, prompts: Sequence[torch.Tensor], new_tokens: int, on_progress: Progress | None = None
+    ) -> torch.Tensor:
+        """Prefill 1-D prompts, keeping the prefix each shares with its cached tokens.
+
+        Returns the logits [B, V] after each prompt's last token.
+        """
+        kept = [shared_prefix(a, b) for a, b in zip(self.cached_ids, prompts, strict=True)]
+        for cache in self.caches:
+            cache.clear()  # resident rows only; host rows and labels of the kept tokens stay
+        self.state.step.zero_()
+        budgets = [self.config.budget_tokens(len(prompt) + new_tokens) for prompt in prompts]
+        self.state.budgets.copy_(torch.tensor(budgets, dtype=torch.int32))
+        work = sum(len(prompt) - k for prompt, k in zip(prompts, kept, strict=True)) * len(self.caches)
+        finished, logits = 0, []
+        for index, prompt in enumerate(prompts):
+            base = finished
+
+            def progress(done: int, _: int, base: int = base) -> None:
+                if on_progress is not None:
+                    on_progress(base + done, work)
+
+            run = PrefillRun(
+                self.adapter,
+                self.caches,
+                index,
+                len(prompt),
+                kept[index],
+                self.config.chunk_tokens,
+                self._calibrates_on(index, kept[index]),
+                progress,
+            )
+            fresh = prompt[kept[index] :].to(self.adapter.device)
+            logits.append(run.run(fresh[None]))
+            finished += run.done
+        self.state.lengths.copy_(torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32))
+        self.cached_ids = [prompt.cpu() for prompt in prompts]
+        return torch.cat(logits)
+
+    def _calibrates_on(self, sequence: int, kept: int) -> int | None:
+        """Label channels to calibrate for on this sequence: the first one, when there is no calibration."""
+        if self.calibration is not None or sequence or kept:
+            return None
+        return min(self.config.label_channels or DEFAULT_LABEL_CHANNELS, self.layout.head_dim)
+
+    def step(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Decode one token a sequence: token_ids [B] in, logits [B, V] out (overwritten by the next step)."""
+        return self.decoder.step(token_ids)
+
+    def remember(self, prompts: Sequence[torch.Tensor], fed: Sequence[torch.Tensor]) -> None:
+        """Note which tokens the caches hold now: the prompts and the tokens fed [B] after them."""
+        if fed:
+            new = torch.stack(list(fed), 1).cpu()  # [B, steps]
+            pairs = zip(prompts, new, strict=True)
+            self.cached_ids = [torch.cat([prompt.cpu(), row]) for prompt, row in pairs]
+
+    def adopt(self, other: "Session") -> None:
+        """Take over the tokens of a smaller session, layer by layer; the other is of no use afterwards."""
+        for mine, theirs in zip(self.caches, other.caches, strict=True):
+            size = theirs.layout.capacity
+            mine.host.rows[:, :, :size].copy_(theirs.host.rows)
+            mine.labels.codes[:, :, :size].copy_(theirs.labels.codes)
+            mine.labels.scales[:, :, :size].copy_(theirs.labels.scales)
+            mine.maps = theirs.maps
+        other.caches.clear()
+        self.cached_ids = other.cached_ids
+
+
+def make_layout(
+    adapter: ModelAdapter,
+    config: RuntimeConfig,
+    calibration: Calibration | None,
+    batch: int,
+    capacity: int,
+) -> KVLayout:
+    channels = config.label_channels or DEFAULT_LABEL_CHANNELS
+    if calibration is not None:
+        channels = calibration.key_map.shape[2]
+    budget = config.budget_tokens(capacity)
+    return KVLayout(
+        layers=len(adapter.layers),
+        batch=batch,
+        query_heads=adapter.query_heads,
+        kv_heads=adapter.kv_heads,
+        head_dim=adapter.head_dim,
+        capacity=capacity,
+        budget=budget,
+        sinks=config.sinks,
+        recent=config.recent,
+        slots=config.slot_count(budget, capacity),
+        label_channels=label_width(min(channels, adapter.head_dim)),
+        label_bits=config.label_bits,
+        dtype=adapter.dtype,
+    )
+
+
+def predicted_layers(config: RuntimeConfig, calibration: Calibration | None, layers: int) -> frozenset[int]:
+    """Layers whose selection is predicted: none in mode "off", never layer 0, never what calibration excludes."""
+    if config.prefetch == "off":
+        return frozenset()
+    excluded = {0} | set(calibration.unpredicted_layers if calibration is not None else ())
+    return frozenset(range(layers)) - excluded
+
+
+def shared_prefix(cached: torch.Tensor, prompt: torch.Tensor) -> int:
+    """Leading tokens that both have in common, less than the whole prompt: its last token must be run."""
+    size = min(len(cached), len(prompt) - 1)
+    same = cached[:size] == prompt[:size].cpu()
+    return size if bool(same.all()) else int((~same).int().argmax())

@@ -1,0 +1,74 @@
+"""What one generate call did and cost."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .cache.layer_cache import PREDICTED, TRUE, LayerCache
+from .cache.layout import KVLayout
+from .kernels.residency import FROM_PREDICTION, HITS, SELECTED
+
+GB = 1e9
+
+
+def layer_stats(cache: LayerCache, attends_predicted: bool) -> dict[str, Any]:
+    """Row counts of one layer since its caches were cleared.
+
+    selected: rows attended to besides sinks and recent ones; hits: those that
+    were on the GPU when attention wanted them; misses: those fetched then and
+    there; prefetched: rows fetched on a prediction; recall: the part of the true
+    selection that this step's prediction had selected too (None without one).
+    """
+    counters = cache.counters.tolist()
+    phase = counters[PREDICTED] if attends_predicted else counters[TRUE]
+    prefetched = counters[PREDICTED][SELECTED] - counters[PREDICTED][HITS]
+    missed = counters[TRUE][SELECTED] - counters[TRUE][HITS]
+    has_prediction = counters[PREDICTED][SELECTED] > 0 and not attends_predicted
+    return {
+        "selected": phase[SELECTED],
+        "hits": phase[HITS],
+        "misses": missed,
+        "prefetched": prefetched,
+        "bytes": (missed + prefetched) * cache.layout.row_bytes,
+        "recall": phase[FROM_PREDICTION] / phase[SELECTED]
+        if has_prediction and phase[SELECTED]
+        else None,
+    }
+
+
+def collect(
+    caches: Sequence[LayerCache], predicted: frozenset[int], attend_predicted: bool
+) -> dict[str, Any]:
+    """The layers' counts and their sums: hit_rate, prefetch_recall, gather_gb."""
+    layers = [
+        layer_stats(cache, attend_predicted and index in predicted) for index, cache in enumerate(caches)
+    ]
+    selected = sum(layer["selected"] for layer in layers)
+    recalls = [layer["recall"] for layer in layers if layer["recall"] is not None]
+    return {
+        "hit_rate": sum(layer["hits"] for layer in layers) / selected if selected else None,
+        "prefetch_recall": sum(recalls) / len(recalls) if recalls else None,
+        "gather_gb": sum(layer["bytes"] for layer in layers) / GB,
+        "layers": layers,
+    }
+
+
+def memory(
+    layout: KVLayout, weight_bytes: int, prefill_peak: int | None, decode_peak: int | None
+) -> dict[str, float | None]:
+    """Planned and measured memory in GB; the measured peaks are None on CPU.
+
+    gpu_plan_gb is what decode should need: weights and caches, everything but
+    one token's activations.
+    """
+
+    def in_gb(count: int | None) -> float | None:
+        return None if count is None else count / GB
+
+    return {
+        "pinned_gb": layout.layers * layout.host_bytes / GB,
+        "weights_gb": weight_bytes / GB,
+        "gpu_cache_gb": layout.gpu_bytes / GB,
+        "gpu_plan_gb": (weight_bytes + layout.gpu_bytes) / GB,
+        "gpu_prefill_peak_gb": in_gb(prefill_peak),
+        "gpu_decode_peak_gb": in_gb(decode_peak),
+    }

@@ -1,0 +1,99 @@
+"""The layer-ahead prefetcher: predict, select and fetch for layer i+1 while layer i computes.
+
+All streams and events of decoding are here. Layer i's input is copied to one of
+two buffers; a side stream turns it into layer i+1's query, selects by label and
+gathers the missing rows. Layer i+1 waits for that, then (mode "correct") makes
+the true selection and fetches only what the prediction missed, or (mode
+"predict", the paper's DS-Offload) attends to the predicted selection as it is.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..cache.layer_cache import PREDICTED, TRUE, LayerCache
+from ..cache.layout import KVLayout
+from ..cache.selection import Selection, Workspace
+
+# (layer index, its predecessor's input [B, 1, E], the predecessor's keyword arguments)
+# -> (query [B, Hq, D], softmax scale)
+QueryPredictor = Callable[[int, torch.Tensor, dict[str, Any]], tuple[torch.Tensor, float]]
+
+
+class Prefetcher:
+    """Decides for every layer of a decode step what it attends to, and gets it there.
+
+    predicted_layers: the layers whose selection is predicted; empty in mode "off".
+    delay_cycles: GPU cycles that every prediction is held back, for tests of ordering.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        caches: Sequence[LayerCache],
+        predict_query: QueryPredictor,
+        predicted_layers: frozenset[int],
+        attend_predicted: bool,
+        device: torch.device,
+        delay_cycles: int = 0,
+    ) -> None:
+        self.caches, self.predict_query = caches, predict_query
+        self.predicted_layers, self.attend_predicted = predicted_layers, attend_predicted
+        self.delay_cycles = delay_cycles
+        self.work, self.selection = Workspace(layout, device), Selection(layout, device)
+        # Double-buffered: layer i+1's prediction is made while layer i's is in use.
+        self.side_work = Workspace(layout, device)
+        self.predictions = (Selection(layout, device), Selection(layout, device))
+        self.inputs: list[torch.Tensor | None] = [None, None]
+        self.on_gpu = device.type == "cuda"
+        if self.on_gpu:
+            self.side_stream = torch.cuda.Stream(device)
+            self.ready = [torch.cuda.Event() for _ in caches]
+            self.done = [torch.cuda.Event() for _ in caches]
+
+    def before_layer(self, index: int, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
+        """Called with layer `index`'s input [B, 1, E]: start the prediction for the layer after it."""
+        target = index + 1
+        if target not in self.predicted_layers:
+            return
+        kept = self._keep_input(index, hidden)
+        if not self.on_gpu:
+            self._predict(target, kept, arguments)
+            return
+        self.ready[target].record()
+        with torch.cuda.stream(self.side_stream):
+            self.side_stream.wait_event(self.ready[target])
+            if self.delay_cycles:
+                torch.cuda._sleep(self.delay_cycles)
+            self._predict(target, kept, arguments)
+            self.done[target].record()
+
+    def _keep_input(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """A copy that outlives the layer: its own memory is reused on the main stream."""
+        buffer = self.inputs[index % 2]
+        if buffer is None or buffer.shape != hidden.shape:
+            buffer = torch.empty_like(hidden)
+            self.inputs[index % 2] = buffer
+        return buffer.copy_(hidden)
+
+    def _predict(self, target: int, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
+        query, scale = self.predict_query(target, hidden, arguments)
+        cache, prediction = self.caches[target], self.predictions[target % 2]
+        cache.select(query, scale, prediction, self.side_work, predicted=True)
+        cache.fetch(prediction, self.side_work, PREDICTED)
+
+    def selection_for(self, index: int, query: torch.Tensor, scale: float) -> Selection:
+        """What layer `index` attends to, its rows resident. query [B, Hq, D] is the true query."""
+        cache = self.caches[index]
+        predicted = index in self.predicted_layers
+        if predicted and self.on_gpu:
+            torch.cuda.current_stream().wait_event(self.done[index])
+        if predicted and self.attend_predicted:
+            selection = self.predictions[index % 2]
+        else:
+            selection = self.selection
+            cache.select(query, scale, selection, self.work, predicted=False)
+            cache.fetch(selection, self.work, TRUE)
+        cache.keep(selection)
+        return selection

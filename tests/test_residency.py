@@ -1,0 +1,143 @@
+"""Resolving selections against the resident set: the GPU kernel has the bits of the reference."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from offload_runtime.kernels.residency import resolve, resolve_reference, resolve_triton
+
+
+@dataclass
+class Resident:
+    """One layer's maps, and what resolving writes."""
+
+    slot_of_token: torch.Tensor
+    token_in_slot: torch.Tensor
+    stamps: torch.Tensor
+    hand: torch.Tensor
+    miss_tokens: torch.Tensor
+    miss_slots: torch.Tensor
+    miss_counts: torch.Tensor
+    counters: torch.Tensor
+
+    @classmethod
+    def empty(cls, batch, kv_heads, capacity, n_slots, k_max, device):
+        def full(*shape, value):
+            return torch.full(shape, value, dtype=torch.int32, device=device)
+
+        return cls(
+            full(batch, kv_heads, capacity, value=-1),
+            full(batch, kv_heads, n_slots, value=-1),
+            full(batch, kv_heads, n_slots, value=-1),
+            full(batch, kv_heads, value=0),
+            full(batch, kv_heads, k_max, value=-9),
+            full(batch, kv_heads, k_max, value=-9),
+            full(batch, kv_heads, value=-9),
+            torch.zeros(2, 3, dtype=torch.int64, device=device),
+        )
+
+    def resolve(self, run, tokens, counts, step, phase):
+        run(
+            tokens, counts, self.slot_of_token, self.token_in_slot, self.stamps, self.hand, step, phase,
+            self.miss_tokens, self.miss_slots, self.miss_counts, self.counters,
+        )  # fmt: skip
+
+
+def random_selection(generator, batch, kv_heads, capacity, k_max, counts, device):
+    tokens = torch.full((batch, kv_heads, k_max), -1, dtype=torch.int32)
+    for b, count in enumerate(counts):
+        for h in range(kv_heads):
+            tokens[b, h, :count] = torch.randperm(capacity, generator=generator)[:count].sort().values.int()
+    return tokens.to(device), torch.tensor(counts, dtype=torch.int32, device=device)
+
+
+def run_both(selections, batch, kv_heads, capacity, n_slots, k_max, device):
+    """Resolve the selections one after the other both ways; every tensor must agree each time."""
+    reference = Resident.empty(batch, kv_heads, capacity, n_slots, k_max, device)
+    kernel = Resident.empty(batch, kv_heads, capacity, n_slots, k_max, device)
+    for i, (tokens, counts) in enumerate(selections):
+        step = torch.tensor([5 + i // 2], dtype=torch.int32, device=device)
+        reference.resolve(resolve_reference, tokens, counts, step, i % 2)
+        kernel.resolve(resolve_triton, tokens, counts, step, i % 2)
+        for name, expected in vars(reference).items():
+            assert torch.equal(getattr(kernel, name), expected), f"{name} differs in selection {i}"
+    return kernel
+
+
+@pytest.mark.parametrize(
+    ("capacity", "n_slots", "k_max"),
+    [(500, 64, 64), (500, 100, 64), (3000, 2500, 1300), (300, 300, 300), (20, 1, 1)],
+)
+def test_random_selections(capacity, n_slots, k_max, device):
+    generator = torch.Generator().manual_seed(capacity + n_slots)
+    selections = [
+        random_selection(generator, 2, 2, capacity, k_max, [k_max, max(1, k_max // (1 + i))], device)
+        for i in range(6)
+    ]
+    run_both(selections, 2, 2, capacity, n_slots, k_max, device)
+
+
+def test_same_selection_again_is_all_hits(device):
+    generator = torch.Generator().manual_seed(3)
+    tokens, counts = random_selection(generator, 1, 2, 400, 50, [50], device)
+    kernel = run_both([(tokens, counts), (tokens, counts)], 1, 2, 400, 50, 50, device)
+    assert kernel.miss_counts.tolist() == [[0, 0]]
+    assert kernel.counters.tolist() == [[100, 0, 0], [100, 100, 100]]
+
+
+def test_empty_selection_changes_nothing(device):
+    generator = torch.Generator().manual_seed(4)
+    full = random_selection(generator, 1, 1, 400, 50, [50], device)
+    empty = random_selection(generator, 1, 1, 400, 50, [0], device)
+    kernel = run_both([full, empty, full], 1, 1, 400, 60, 50, device)
+    assert kernel.counters[0].tolist() == [100, 50, 0]
+
+
+def test_maps_stay_inverse_and_hold_the_selection(device):
+    generator = torch.Generator().manual_seed(5)
+    kernel = Resident.empty(1, 1, 2000, 700, 600, device)
+    for i in range(5):
+        tokens, counts = random_selection(generator, 1, 1, 2000, 600, [600 - 100 * i], device)
+        step = torch.tensor([i], dtype=torch.int32, device=device)
+        kernel.resolve(resolve, tokens, counts, step, 0)
+        slots = kernel.slot_of_token[0, 0, tokens[0, 0, : int(counts)].long()]
+        assert (slots >= 0).all()
+        held = kernel.token_in_slot[0, 0]
+        occupied = (held >= 0).nonzero().flatten()
+        assert torch.equal(kernel.slot_of_token[0, 0, held[occupied].long()].long(), occupied)
+        assert int((kernel.slot_of_token >= 0).sum()) == len(occupied)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("n_slots", "k_max"), [(2048, 2048), (4096, 2048), (18432, 16384), (32768, 32768)])
+def test_256k_tokens(n_slots, k_max):
+    generator = torch.Generator().manual_seed(6)
+    selections = [
+        random_selection(generator, 1, 8, 262144, k_max, [k_max - 37 * i], "cuda") for i in range(4)
+    ]
+    run_both(selections, 1, 8, 262144, n_slots, k_max, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_replays_in_a_cuda_graph():
+    generator = torch.Generator().manual_seed(7)
+    reference, kernel = (Resident.empty(1, 2, 5000, 600, 512, "cuda") for _ in range(2))
+    tokens, counts = random_selection(generator, 1, 2, 5000, 512, [512], "cuda")
+    step = torch.tensor([0], dtype=torch.int32, device="cuda")
+    Resident.empty(1, 2, 5000, 600, 512, "cuda").resolve(resolve_triton, tokens, counts, step, 0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernel.resolve(resolve_triton, tokens, counts, step, 0)
+    for i in range(1, 5):
+        selection = random_selection(generator, 1, 2, 5000, 512, [512 - 100 * i], "cuda")
+        tokens.copy_(selection[0])
+        counts.copy_(selection[1])
+        step.fill_(i)
+        graph.replay()
+        reference.resolve(resolve_reference, tokens, counts, step, 0)
+        for name, expected in vars(reference).items():
+            assert torch.equal(getattr(kernel, name), expected), name
