@@ -1,0 +1,39 @@
+"""`ds-offload calibrate`: label maps for a model, from the user's own text."""
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from .calibrate_command import calibrate
+from .cli_generate import check_file
+from .cli_progress import Working, quiet_unless_terminal
+from .engine import choose_device
+from .errors import UserError
+from .model_check import check_config, check_label_channels, load_config
+
+
+def run_calibrate(
+    model: str,
+    text_files: list[Path],
+    method: str,
+    channels: int,
+    out: Path,
+    tokens: int,
+    seed: int,
+    device: str,
+) -> None:
+    """Check everything, then calibrate; the file is written whole or not at all."""
+    for file in text_files:
+        check_file(str(file), "text file")
+    if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        raise UserError(f"--out {out} cannot be written: {out.parent} is no folder that can be written to")
+    if channels < 1 or tokens < 1:
+        raise UserError("--channels and --tokens must be at least 1")
+    place = choose_device(device)
+    check_label_channels(channels, check_config(load_config(model)))
+    console = Console(stderr=True)
+    quiet_unless_terminal()
+    with Working(console, "calibrating") as bar:
+        calibrate(model, text_files, method, channels, out, tokens, seed, str(place), bar.update)
+    console.print(f"wrote {out}", style="dim", highlight=False)

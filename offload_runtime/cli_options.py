@@ -1,0 +1,130 @@
+"""The options that commands share, and how they become settings."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from .errors import UserError
+
+Model = Annotated[
+    Optional[str], typer.Option(help="Model directory or hub name; default: the small model that ships here.")
+]
+Ctx = Annotated[Optional[int], typer.Option(help="Most tokens of prompt and answer. [default: 262144]")]
+Budget = Annotated[
+    Optional[str],
+    typer.Option(help="Tokens attended to per KV head: a count, or a part of the context. [default: 1/16]"),
+]
+Prefetch = Annotated[Optional[str], typer.Option(help="correct, predict or off. [default: correct]")]
+LabelChannels = Annotated[Optional[int], typer.Option(help="Label numbers kept of a key. [default: 32]")]
+LabelBits = Annotated[Optional[int], typer.Option(help="Bits of a label number: 16, 8 or 4. [default: 4]")]
+Sinks = Annotated[Optional[int], typer.Option(help="First tokens always attended to. [default: 16]")]
+Recent = Annotated[Optional[int], typer.Option(help="Last tokens always attended to. [default: 64]")]
+Slots = Annotated[
+    Optional[int], typer.Option(help="Resident rows per layer and KV head. [default: twice the budget]")
+]
+NewRows = Annotated[
+    Optional[int], typer.Option(help="Sticky selection: at most this many new rows a step. [default: exact]")
+]
+ChunkTokens = Annotated[Optional[int], typer.Option(help="Tokens a prefill chunk. [default: by device]")]
+CalibrationFile = Annotated[Optional[str], typer.Option("--calibration", help="A file from `calibrate`.")]
+Seed = Annotated[Optional[int], typer.Option(help="Seed of sampling.")]
+NoCudaGraph = Annotated[bool, typer.Option("--no-cuda-graph", help="Run decode steps without a CUDA graph.")]
+Device = Annotated[str, typer.Option(help="auto, cuda or cpu.")]
+Dtype = Annotated[
+    Optional[str], typer.Option(help="bfloat16, float16 or float32. [default: the model's; float32 on CPU]")
+]
+Revision = Annotated[Optional[str], typer.Option(help="Hub branch, tag or commit.")]
+Token = Annotated[Optional[str], typer.Option(help="Hub access token.", envvar="HF_TOKEN", show_envvar=True)]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Allow a model's own Python code to run.")
+]
+
+SETTINGS = (
+    "ctx",
+    "budget",
+    "prefetch",
+    "label_channels",
+    "label_bits",
+    "sinks",
+    "recent",
+    "slots",
+    "new_rows",
+    "chunk_tokens",
+    "calibration",
+    "seed",
+)
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from and how it is to be loaded."""
+
+    name_or_path: str
+    device: str
+    dtype: str | None
+    revision: str | None
+    token: str | None
+    trust_remote_code: bool
+
+    def hub(self) -> dict[str, Any]:
+        """The arguments that transformers' from_pretrained functions share."""
+        return {
+            "revision": self.revision,
+            "token": self.token,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+
+def model_source(given: dict[str, Any]) -> ModelSource:
+    """From a command's options; UserError for a device or dtype there is not."""
+    dtype, device = given["dtype"], given["device"]
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    if device not in ("auto", "cpu", "cuda") and not device.removeprefix("cuda:").isdigit():
+        raise UserError(f"--device is {device!r}; choose auto, cuda or cpu")
+    name = model_or_embedded(given["model"])
+    return ModelSource(
+        name, device, dtype, given["revision"], given["token"], given["trust_remote_code"]
+    )
+
+
+def model_or_embedded(model: str | None) -> str:
+    """The model asked for, or the directory of the one that ships with the package."""
+    if model is None:
+        return str(Path(__file__).parent / "data" / "tiny-256k")
+    if not model.strip():
+        raise UserError("--model is empty; give a model directory or a hub name")
+    return model
+
+
+def runtime_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of RuntimeConfig that the user gave; the rest keep its defaults."""
+    settings = {name: given[name] for name in SETTINGS if given.get(name) is not None}
+    if given.get("no_cuda_graph"):
+        settings["cuda_graph"] = False
+    return settings
+
+
+def sampling(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of transformers' generate. Sampling is on if any of its options is given."""
+    temperature, top_p, top_k = given["temperature"], given["top_p"], given["top_k"]
+    penalty = given["repetition_penalty"]
+    if temperature is not None and temperature < 0:
+        raise UserError(f"--temperature is {temperature}; it must be 0 (greedy) or above")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"--top-p is {top_p}; it must be above 0 and at most 1")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"--top-k is {top_k}; it must be at least 1")
+    if penalty is not None and penalty <= 0:
+        raise UserError(f"--repetition-penalty is {penalty}; it must be above 0 (1 is none)")
+    options = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    chosen = {name: value for name, value in options.items() if value is not None}
+    if not chosen or temperature == 0:
+        chosen = {}
+    chosen["do_sample"] = bool(chosen)
+    if penalty is not None:
+        chosen["repetition_penalty"] = penalty
+    return chosen

@@ -1,0 +1,108 @@
+"""`ds-offload plan`: memory and predicted times of a run, from the model's config alone."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .cli_exits import warn
+from .cli_options import ModelSource
+from .config import make_config
+from .errors import UserError
+from .memory import FreeMemory, measure
+from .model_check import check_config, check_label_channels, load_config, position_warning
+from .planner import Plan, make_plan
+from .speed import Rates, Times, predict
+from .weights import count_weights
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What the command line asked for."""
+
+    source: ModelSource
+    settings: dict[str, Any]
+    batch: int
+    gpu_gb: float | None
+    host_gb: float | None
+    miss_rate: float
+    as_json: bool
+
+
+def run_plan(request: PlanRequest) -> None:
+    """Print the plan; a plan that does not fit is still an answer (exit code 0)."""
+    config, source = make_config(request.settings), request.source
+    if request.batch < 1:
+        raise UserError(f"--batch is {request.batch}; it must be at least 1")
+    if not 0 <= request.miss_rate <= 1:
+        raise UserError(f"--miss-rate is {request.miss_rate}; it must be between 0 and 1")
+    model_config = load_config(source.name_or_path, **source.hub())
+    shape = check_config(model_config)
+    check_label_channels(config.label_channels, shape)
+    warning = position_warning(config.ctx, shape)
+    if warning:
+        warn(warning)
+    weights = count_weights(model_config)
+    device = "cpu" if source.device == "cpu" else "cuda"
+    dtype = getattr(torch, source.dtype) if source.dtype else None
+    free = free_memory(request)
+    plan = make_plan(
+        config, model_config, free, device, batch=request.batch, dtype=dtype, weights=weights
+    )
+    rates = Rates()
+    times = predict(plan, weights, rates, config.new_rows, request.miss_rate) if device == "cuda" else None
+    if request.as_json:
+        print(json.dumps(as_dict(plan, times, rates)))
+        return
+    print_tables(plan, times, rates, source.name_or_path)
+
+
+def free_memory(request: PlanRequest) -> FreeMemory:
+    """What is free here, or what the user says is free on the machine planned for."""
+    free = measure(request.source.device)
+    if request.gpu_gb is not None:
+        free = replace(free, gpu=int(request.gpu_gb * 1e9))
+    if request.host_gb is not None:
+        free = replace(free, host=int(request.host_gb * 1e9))
+    return free
+
+
+def print_tables(plan: Plan, times: Times | None, rates: Rates, name: str) -> None:
+    console = Console(file=sys.stdout)
+    table = Table("what", "size", title=f"{name}: {plan.batch} x {plan.tokens} tokens, budget {plan.budget}")
+    for row in plan.lines():
+        table.add_row(*row)
+    console.print(table)
+    if times is None:
+        return
+    speed = Table("predicted", "time", title="times by arithmetic, not measured")
+    speed.add_row("TTFT", f"{times.ttft:.1f} s")
+    fits = {None: "", True: "", False: " (does not fit this GPU)"}[times.dense_fits]
+    speed.add_row("TPOT, all KV on the GPU, dense" + fits, f"{1e3 * times.dense_tpot:.1f} ms")
+    speed.add_row("TPOT, all KV on the GPU, sparse" + fits, f"{1e3 * times.sparse_tpot:.1f} ms")
+    speed.add_row(f"TPOT, offloaded, {times.miss_rate:.0%} missed", f"{1e3 * times.offload_tpot:.1f} ms")
+    console.print(speed)
+    console.print(f"rates of {rates.origin}; other GPUs differ", style="dim", highlight=False)
+
+
+def as_dict(plan: Plan, times: Times | None, rates: Rates) -> dict[str, Any]:
+    """Bytes, tokens and seconds."""
+    return {
+        "tokens": plan.tokens,
+        "batch": plan.batch,
+        "budget": plan.budget,
+        "device": plan.device,
+        "needs_bytes": asdict(plan.needs),
+        "gpu_bytes": plan.gpu_bytes,
+        "host_bytes": plan.host_bytes,
+        "free_bytes": asdict(plan.free),
+        "fits": plan.fits,
+        "largest_ctx": plan.largest_ctx,
+        "largest_budget": plan.largest_budget,
+        "predicted_s": None if times is None else asdict(times),
+        "rates": asdict(rates),
+    }

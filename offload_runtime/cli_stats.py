@@ -1,0 +1,91 @@
+"""The figures of a run: a summary, a table by layer, or JSON."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .errors import RunError, UserError
+from .planner import GB, Plan
+
+CHOICES = ("summary", "table", "json", "none")
+
+
+def check_stats_choice(choice: str, file: Path | None) -> None:
+    """UserError before anything is computed that could not be reported."""
+    if choice not in CHOICES:
+        raise UserError(f"--stats is {choice!r}; choose one of {', '.join(CHOICES)}")
+    if file is None:
+        return
+    folder = file.parent
+    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"--stats-file {file} cannot be written: no writable folder {folder}")
+
+
+def figures(stats: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """The engine's figures with the plan's beside them. GB = 1e9 bytes."""
+    return {
+        **stats,
+        "planned_gpu_peak_gb": plan.gpu_bytes / GB,
+        "planned_pinned_gb": plan.needs.pinned / GB,
+    }
+
+
+def write_json(file: Path, result: dict[str, Any]) -> None:
+    """Write the whole file or nothing."""
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        part.replace(file)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise RunError(f"cannot write --stats-file {file}: {error.strerror}") from error
+
+
+def print_stats(result: dict[str, Any], choice: str, console: Console) -> None:
+    """Print to stderr what --stats asks for; JSON is the last line."""
+    if choice == "json":
+        print(json.dumps(result), file=sys.stderr)
+        return
+    if choice == "table":
+        console.print(layer_table(result["layers"]))
+    if choice != "none":
+        for line in summary(result):
+            console.print(line, style="dim", highlight=False)
+
+
+def summary(result: dict[str, Any]) -> list[str]:
+    """Three lines: times, rows moved, memory."""
+    tpot = result["tpot_s"]
+    rate = f", {1 / tpot:.1f} tokens/s" if tpot else ""
+    times = (
+        f"{result['prompt_tokens']} prompt + {result['new_tokens']} new tokens: "
+        f"TTFT {result['ttft_s']:.2f} s, TPOT {1e3 * tpot:.1f} ms{rate}"
+    )
+    rows = (
+        f"hit rate {percent(result['hit_rate'])}, prefetch recall {percent(result['prefetch_recall'])}, "
+        f"{result['gather_gb']:.3f} GB of rows gathered from host memory"
+    )
+    prefill, decode = result["gpu_prefill_peak_gb"], result["gpu_decode_peak_gb"]
+    gpu = "no GPU"
+    if prefill is not None and decode is not None:
+        planned = result["planned_gpu_peak_gb"]
+        gpu = f"GPU peak {prefill:.2f} GB in prefill, {decode:.2f} GB in decode, planned {planned:.2f} GB"
+    host = f"host rows {result['pinned_gb']:.2f} GB, planned {result['planned_pinned_gb']:.2f} GB"
+    return [times, rows, f"{gpu}; {host}"]
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def layer_table(layers: list[dict[str, Any]]) -> Table:
+    table = Table("layer", "selected", "hits", "misses", "MB moved", "prefetch recall", title="rows by layer")
+    for index, layer in enumerate(layers):
+        counts = [str(layer[name]) for name in ("selected", "hits", "misses")]
+        table.add_row(str(index), *counts, f"{layer['bytes'] / 1e6:.1f}", percent(layer["recall"]))
+    return table

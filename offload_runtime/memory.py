@@ -1,0 +1,73 @@
+"""How much memory is free here: on the host, within the container's limits, and on the GPU."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+
+@dataclass(frozen=True)
+class FreeMemory:
+    """Free bytes. gpu is None where there is no GPU to ask."""
+
+    host: int
+    gpu: int | None = None
+
+
+def measure(device: str = "auto") -> FreeMemory:
+    """Free memory of this machine; the GPU's only when the device may be one."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return FreeMemory(host_free_bytes())
+    index = torch.device(device).index if device != "auto" else None
+    free, _ = torch.cuda.mem_get_info(index)
+    return FreeMemory(host_free_bytes(), free)
+
+
+def host_free_bytes(root: Path = Path("/")) -> int:
+    """What this process can still take: the machine's free memory or the container's, whichever is less."""
+    free = psutil.virtual_memory().available
+    if not sys.platform.startswith("linux"):
+        return free
+    return min([free, *(limit - used for limit, used in cgroup_limits(root))])
+
+
+def cgroup_limits(root: Path = Path("/")) -> list[tuple[int, int]]:
+    """(limit, used) bytes of every memory cgroup above this process that has a limit; v2 and v1.
+
+    Used leaves out inactive page cache, which the kernel gives back before it
+    refuses memory. root: where proc and sys are found.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        folder = top / group.lstrip("/")
+        # A container often sees its own group at the mount's top, whatever path /proc names.
+        for place in dict.fromkeys([folder, *folder.parents, top]):
+            if place == top or top in place.parents:
+                found += read_limit(place, *names)
+    return found
+
+
+def read_limit(folder: Path, limit_name: str, used_name: str, cache_name: str) -> list[tuple[int, int]]:
+    """[(limit, used)] of one cgroup folder, or [] when it sets no limit."""
+    try:
+        limit, used = (folder / limit_name).read_text().strip(), int((folder / used_name).read_text())
+        stats = dict(line.split(" ", 1) for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return []
+    if limit == "max" or int(limit) >= 1 << 60:  # v1 writes "no limit" as a number near 2^63
+        return []
+    return [(int(limit), used - int(stats.get(cache_name, 0)))]

@@ -1,0 +1,262 @@
+"""The plan: bytes of everything a run will allocate, from the model's config alone.
+
+A plan is made before the weights load, and one that does not fit is refused
+with the numbers and the largest settings that would.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import torch
+from transformers import PretrainedConfig
+
+from .cache.layout import KVLayout
+from .config import DEFAULT_LABEL_CHANNELS, RuntimeConfig, label_width, parse_budget
+from .errors import RunError
+from .memory import FreeMemory
+from .model_check import ModelShape, check_config
+from .prefill import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS
+from .weights import Weights, count_weights
+
+GB = 1e9
+# Kept free on a GPU: cuBLAS workspaces, compiled kernels, the CUDA graph's pool and what the
+# allocator loses to fragments. An assumption, not a measurement.
+GPU_RESERVE_BYTES = 768 << 20
+CPU_LOGIT_BLOCK_BYTES = 512 << 20  # the CPU prefill keeps a block of logits of a few hundred MB
+SMALLEST_CTX, LARGEST_CTX = 64, 1 << 24  # where the search for the largest context starts and stops
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes a run allocates. Everything but pinned rows is device memory."""
+
+    weights: int
+    labels: int
+    slots: int
+    maps: int
+    workspace: int
+    prefill: int
+    reserve: int
+    pinned: int
+
+    @property
+    def device(self) -> int:
+        """Peak of device memory: decode scratch stays allocated while prefill runs."""
+        caches = self.labels + self.slots + self.maps
+        return self.weights + caches + self.workspace + self.prefill + self.reserve
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs, what is free, and the largest settings that fit (0 when none does)."""
+
+    tokens: int
+    batch: int
+    budget: int
+    device: str  # "cuda" or "cpu"
+    layout: KVLayout
+    needs: Needs
+    free: FreeMemory
+    largest_ctx: int
+    largest_budget: int
+
+    @property
+    def gpu_bytes(self) -> int:
+        return self.needs.device if self.device == "cuda" else 0
+
+    @property
+    def host_bytes(self) -> int:
+        return host_need(self.needs, self.device)
+
+    @property
+    def fits(self) -> bool:
+        return within(self.needs, self.device, self.free)
+
+    def lines(self) -> list[tuple[str, str]]:
+        """(name, value) pairs for a table."""
+        n = self.needs
+        parts = [
+            ("weights", n.weights),
+            (f"labels, {self.layout.label_channels} x {self.layout.label_bits} bit", n.labels),
+            (f"slots, {self.layout.slots} rows a KV head", n.slots),
+            ("slot maps", n.maps),
+            ("decode workspace", n.workspace),
+            ("prefill peak", n.prefill),
+            ("reserve", n.reserve),
+        ]
+        kind = "GPU" if self.device == "cuda" else "host"
+        rows = [(f"{kind}: {name}", gb(size)) for name, size in parts if size]
+        if self.device == "cuda":
+            free = gb(self.free.gpu) if self.free.gpu is not None else "not known, no GPU here"
+            rows.append(("GPU: total / free", f"{gb(self.gpu_bytes)} / {free}"))
+        rows.append(("host: KV rows" + (", pinned" if self.device == "cuda" else ""), gb(n.pinned)))
+        rows.append(("host: total / free", f"{gb(self.host_bytes)} / {gb(self.free.host)}"))
+        rows.append(("fits", "yes" if self.fits else "no"))
+        rows.append(("largest ctx at this budget", str(self.largest_ctx or "none")))
+        rows.append(("largest budget at this ctx", f"{self.largest_budget or 'none'}"))
+        return rows
+
+
+def gb(size: float) -> str:
+    return f"{size / GB:.2f} GB"
+
+
+def host_need(needs: Needs, device: str) -> int:
+    """Host bytes. On a GPU machine weights pass through host memory before any row is pinned."""
+    if device == "cpu":
+        return needs.device + needs.pinned
+    return max(needs.weights, needs.pinned)
+
+
+def within(needs: Needs, device: str, free: FreeMemory) -> bool:
+    gpu_fits = device == "cpu" or free.gpu is None or needs.device <= free.gpu
+    return gpu_fits and host_need(needs, device) <= free.host
+
+
+def make_plan(
+    config: RuntimeConfig,
+    model_config: PretrainedConfig,
+    free: FreeMemory,
+    device: str,
+    *,
+    tokens: int | None = None,
+    batch: int = 1,
+    dtype: torch.dtype | None = None,
+    weights: Weights | None = None,
+) -> Plan:
+    """Plan `batch` sequences of `tokens` (default ctx) each on device "cuda" or "cpu".
+
+    dtype: default the checkpoint's on CUDA and float32 on CPU, as in loading.
+    Raises UserError for a model or setting that cannot be decoded.
+    """
+    shape = check_config(model_config)
+    shape = replace(shape, dtype=dtype or (shape.dtype if device == "cuda" else torch.float32))
+    weights = weights or count_weights(model_config)
+    weight_bytes = weights.bytes_in(shape.dtype)
+    tokens = config.ctx if tokens is None else tokens
+
+    def needs_of(trial: RuntimeConfig, count: int) -> Needs:
+        layout = layout_of(shape, trial, count, batch)
+        return needs_for(shape, layout, trial, count, weight_bytes, device)
+
+    def fits(trial: RuntimeConfig, count: int) -> bool:
+        return within(needs_of(trial, count), device, free)
+
+    budget = parse_budget(config.budget)
+    lowest_ctx = SMALLEST_CTX if isinstance(budget, Fraction) else max(budget, SMALLEST_CTX)
+    return Plan(
+        tokens=tokens,
+        batch=batch,
+        budget=config.budget_tokens(tokens),
+        device=device,
+        layout=layout_of(shape, config, tokens, batch),
+        needs=needs_of(config, tokens),
+        free=free,
+        largest_ctx=largest(lambda n: fits(replace(config, ctx=n), n), lowest_ctx, LARGEST_CTX),
+        largest_budget=largest(lambda k: fits(replace(config, budget=k), tokens), 1, tokens),
+    )
+
+
+def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest number in [low, high] that fits, 0 if none; needs grow with the number."""
+    if not fits(low):
+        return 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def layout_of(shape: ModelShape, config: RuntimeConfig, tokens: int, batch: int) -> KVLayout:
+    """The caches' layout, sized as the engine sizes it."""
+    capacity = config.capacity(tokens)
+    budget = config.budget_tokens(capacity)
+    channels = config.label_channels or DEFAULT_LABEL_CHANNELS
+    return KVLayout(
+        layers=shape.layers,
+        batch=batch,
+        query_heads=shape.query_heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        capacity=capacity,
+        budget=budget,
+        sinks=config.sinks,
+        recent=config.recent,
+        slots=config.slot_count(budget, capacity),
+        label_channels=label_width(min(channels, shape.head_dim)),
+        label_bits=config.label_bits,
+        dtype=shape.dtype,
+    )
+
+
+def needs_for(
+    shape: ModelShape, layout: KVLayout, config: RuntimeConfig, tokens: int, weight_bytes: int, device: str
+) -> Needs:
+    on_gpu = device == "cuda"
+    return Needs(
+        weights=weight_bytes,
+        labels=layout.layers * layout.label_bytes,
+        slots=layout.layers * layout.slot_bytes,
+        maps=layout.layers * layout.map_bytes,
+        workspace=workspace_bytes(shape, layout, config),
+        prefill=prefill_bytes(shape, layout, config, tokens, on_gpu),
+        reserve=GPU_RESERVE_BYTES if on_gpu else 0,
+        pinned=layout.layers * layout.host_bytes,
+    )
+
+
+def workspace_bytes(shape: ModelShape, layout: KVLayout, config: RuntimeConfig) -> int:
+    """Decode scratch: two workspaces (scores, misses), three selections, one step's logits.
+
+    Sticky selection keeps one more selection a layer.
+    """
+    workspace = layout.heads * 4 * (layout.capacity + 2 * layout.budget)  # float32 scores, int32 misses
+    selections = 3 + (layout.layers if config.new_rows is not None else 0)
+    logits = 3 * layout.batch * shape.vocab * 4  # float32: logits, processed scores, probabilities
+    return 2 * workspace + selections * layout.heads * layout.budget * 4 + logits
+
+
+def prefill_bytes(
+    shape: ModelShape, layout: KVLayout, config: RuntimeConfig, tokens: int, on_gpu: bool
+) -> int:
+    """Peak beside the caches while one sequence of S tokens prefills.
+
+    Hidden states [S, E], rotary tables 2 x [S, D] with their float32 origin, one
+    layer's rows [Hkv, S, row], and one chunk's activations: MLP gate, up and
+    product, q, k, v and output, the norm's float32 copy.
+    """
+    item = shape.dtype.itemsize
+    hidden = tokens * shape.hidden * item
+    rotary = tokens * shape.head_dim * (2 * item + 3 * 4)
+    rows = layout.kv_heads * tokens * layout.row_bytes
+    chunk = min(tokens, config.chunk_tokens or (GPU_CHUNK_TOKENS if on_gpu else CPU_CHUNK_TOKENS))
+    heads_wide = (2 * shape.query_heads + 2 * shape.kv_heads) * shape.head_dim
+    activations = chunk * ((3 * shape.intermediate + heads_wide + 2 * shape.hidden) * item + 8 * shape.hidden)
+    return hidden + rotary + rows + activations + (0 if on_gpu else CPU_LOGIT_BLOCK_BYTES)
+
+
+def require(plan: Plan) -> None:
+    """RunError in one line, with the numbers and what would fit, when the plan does not fit."""
+    if plan.fits:
+        return
+    n, free = plan.needs, plan.free
+    gpu_short = plan.device == "cuda" and free.gpu is not None and n.device > free.gpu
+    if gpu_short:
+        caches = n.labels + n.slots + n.maps
+        parts = f"weights {gb(n.weights)}, caches {gb(caches)}, prefill {gb(n.prefill)}"
+        short = f"{gb(n.device)} of GPU memory ({parts}) and {gb(free.gpu or 0)} are free"
+    else:
+        short = f"{gb(plan.host_bytes)} of host memory (KV rows {gb(n.pinned)}) and {gb(free.host)} are free"
+    raise RunError(f"{plan.batch} x {plan.tokens} tokens need {short}; {what_fits(plan)}")
+
+
+def what_fits(plan: Plan) -> str:
+    options = []
+    if plan.largest_ctx:
+        options.append(f"--ctx {plan.largest_ctx} at this budget")
+    if plan.largest_budget:
+        options.append(f"--budget {plan.largest_budget} at this ctx")
+    if not options:
+        return "no context fits: take a smaller model or a machine with more memory"
+    return "the most that fits is " + " or ".join(options)
