@@ -19,15 +19,16 @@ import triton.language as tl
 DIGITS = 4  # 8 bits each: tl.histogram costs about bins / 32 operations a token, so not wider
 
 
-def radix_plan(rows: int, capacity: int) -> tuple[int, int, int, int]:
+def radix_plan(rows: int, capacity: int, thread_tokens: int) -> tuple[int, int, int, int]:
     """(tokens a program, programs a row, warps a program, tokens a load) for [rows, capacity] scores.
 
-    About 128 programs in all (one for each SM of an H100), of 2,048 to 16,384
-    tokens: 32 tokens a thread at 512 threads.
+    About 128 programs in all (one for each SM of an H100), of at least 2,048
+    tokens and at most 512 threads of thread_tokens.
     """
     share = triton.next_power_of_2(max(1, rows * capacity // 128))
-    chunk = min(16384, max(2048, share))
-    return chunk, triton.cdiv(capacity, chunk), max(4, chunk // 1024), 1 if capacity % 16 else 4
+    chunk = min(512 * thread_tokens, max(2048, share))
+    warps = max(4, chunk // (32 * thread_tokens))
+    return chunk, triton.cdiv(capacity, chunk), warps, 1 if capacity % 16 else 4
 
 
 def radix_scratch(
@@ -185,7 +186,9 @@ def digit_kernel(
             match = match & member
         if DIGIT > 0:
             share = stream_share(stream, wanted, n_members, end - sinks, new_rows)
-            prefix = advance(hist, state, above, share, stream, row, block, rows, blocks, used, DIGIT, STREAMS)
+            prefix = advance(
+                hist, state, above, share, stream, row, block, rows, blocks, used, DIGIT, STREAMS
+            )
             match = match & ((key >> (32 - 8 * DIGIT)) == (prefix >> (32 - 8 * DIGIT)))
         target = histogram_of_stream(hist, stream, row, rows, blocks, DIGIT, STREAMS) + block * 256
         # After two digits few tokens match; members are few from the start.
@@ -194,7 +197,8 @@ def digit_kernel(
 
 @triton.jit
 def advance(
-    hist, state, above, share, stream, row, block, rows, blocks, used, DIGIT: tl.constexpr, STREAMS: tl.constexpr
+    hist, state, above, share, stream, row, block, rows, blocks, used,
+    DIGIT: tl.constexpr, STREAMS: tl.constexpr,
 ):  # fmt: skip
     """Fix the digit before DIGIT; block 0 keeps the state, each block its count above."""
     slot = state + ((stream * rows + row) * 4 + DIGIT - 1) * 2  # DIGITS states of 2 numbers

@@ -60,7 +60,7 @@ def select_topk_triton(
     """select_topk_reference as five launches of a radix select (radix.py)."""
     batch, kv_heads, capacity = scores.shape
     rows = batch * kv_heads
-    chunk, blocks, warps, vec = radix_plan(rows, capacity)
+    chunk, blocks, warps, vec = radix_plan(rows, capacity, 32)
     hist, state, above = radix_scratch(1, rows, blocks, scores.device)
     for digit in range(DIGITS):
         digit_kernel[(blocks, rows)](

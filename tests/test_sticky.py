@@ -1,0 +1,122 @@
+"""Sticky selection: what it promises, and the GPU kernel against the reference, exactly."""
+
+import pytest
+import torch
+
+from offload_runtime.kernels.sticky import sticky_topk, sticky_topk_reference, sticky_topk_triton
+from offload_runtime.kernels.topk import select_topk_reference
+
+SINKS, RECENT = 4, 16
+
+
+def drifting_scores(steps, batch, kv_heads, capacity, drift):
+    """Scores of consecutive steps: each keeps most of what the one before had."""
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.randn(batch, kv_heads, capacity, generator=generator)
+    for _ in range(steps):
+        yield scores * 3 - 5
+        fresh = torch.randn(batch, kv_heads, capacity, generator=generator)
+        scores = scores * (1 - drift) + fresh * drift
+
+
+def run_steps(run, all_scores, budgets, new_rows, all_lengths, k_max, device, in_place):
+    """The selections (tokens, counts) of consecutive steps, the first from an empty one."""
+    batch, kv_heads, _ = all_scores[0].shape
+    tokens = torch.full((batch, kv_heads, k_max), -1, dtype=torch.int32, device=device)
+    counts = torch.zeros(batch, dtype=torch.int32, device=device)
+    budgets = torch.tensor(budgets, dtype=torch.int32, device=device)
+    results = []
+    for scores, lengths in zip(all_scores, all_lengths, strict=True):
+        scores = scores.clone()
+        for b, length in enumerate(lengths):
+            scores[b, :, :SINKS] = float("nan")
+            scores[b, :, max(SINKS, length - RECENT) :] = float("nan")
+        lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
+        new_tokens, new_counts = tokens, counts
+        if not in_place:
+            new_tokens, new_counts = torch.full_like(tokens, 777), torch.full_like(counts, 777)
+        before, after = (tokens, counts), (new_tokens, new_counts)
+        run(scores.to(device), budgets, new_rows, lengths, SINKS, RECENT, *before, *after)
+        tokens, counts = new_tokens, new_counts
+        results.append((tokens.cpu().clone(), counts.cpu().clone()))
+    return results
+
+
+def compare(all_scores, budgets, new_rows, all_lengths, k_max, device, in_place=False):
+    arguments = (all_scores, budgets, new_rows, all_lengths, k_max, device, in_place)
+    expected = run_steps(sticky_topk_reference, *arguments)
+    for step, (want, got) in enumerate(zip(expected, run_steps(sticky_topk_triton, *arguments), strict=True)):
+        assert torch.equal(got[1], want[1]), step
+        assert torch.equal(got[0], want[0]), step
+    return expected
+
+
+@pytest.mark.parametrize("new_rows", [0, 5, 40, 300])
+@pytest.mark.parametrize("drift", [0.05, 0.8])
+def test_kernel_equals_reference(drift, new_rows, device):
+    scores = list(drifting_scores(3, 1, 1, 4500, drift))
+    compare(scores, [300], new_rows, [[4400], [4401], [4500]], 300, device, in_place=new_rows == 40)
+
+
+@pytest.mark.parametrize("step", [2.0, 1e6])
+def test_ties(step, device):
+    """Few distinct scores, or (1e6) one in the first and last step."""
+    scores = [(s / step).round() * step for s in drifting_scores(3, 1, 1, 3000, 0.5)]
+    scores[1] = next(drifting_scores(1, 1, 1, 3000, 0.5))
+    compare(scores, [200], 20, [[2900], [2901], [2902]], 256, device)
+
+
+def test_ragged_batch_and_growing_spans(device):
+    """Few tokens at first: every one is selected, later the budget binds; one sequence shrinks."""
+    scores = list(drifting_scores(4, 3, 1, 2500, 0.5))
+    lengths = [[30, 2500, 5], [100, 2400, 20], [400, 1200, 21], [2500, 90, 22]]
+    compare(scores, [128, 60, 9], 16, lengths, 128, device)
+
+
+def test_reference_keeps_its_promises():
+    """At most new_rows are new; those are the best others; without need it is the exact top-k."""
+    scores = list(drifting_scores(2, 1, 1, 2000, 0.7))
+    lengths = [[2000], [2000]]
+    (first, _), (second, _) = run_steps(sticky_topk_reference, scores, [200], 25, lengths, 200, "cpu", False)
+    new = sorted(set(second[0, 0].tolist()) - set(first[0, 0].tolist()))
+    assert len(new) == 25
+    others = scores[1][0, 0].clone()
+    others[:SINKS] = others[2000 - RECENT :] = float("-inf")
+    others[first[0, 0].long()] = float("-inf")
+    assert new == sorted(others.topk(25).indices.tolist())
+    exact = torch.empty_like(second)
+    counts = torch.empty(1, dtype=torch.int32)
+    budgets, length = torch.tensor([200]), torch.tensor([2000])
+    select_topk_reference(scores[1], budgets, length, SINKS, RECENT, exact, counts)
+    (_, _), (loose, _) = run_steps(sticky_topk_reference, scores, [200], 200, lengths, 200, "cpu", False)
+    assert torch.equal(loose, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("budget", "new_rows"), [(2048, 128), (16384, 2048)])
+def test_256k_tokens(budget, new_rows):
+    scores = list(drifting_scores(3, 1, 4, 262144, 0.5))
+    compare(scores, [budget], new_rows, [[262142], [262143], [262144]], budget, "cuda", True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_captured_in_a_cuda_graph():
+    scores = [s.cuda() for s in drifting_scores(3, 1, 2, 20000, 0.5)]
+    buffer = scores[0].clone()
+    budgets = torch.tensor([1000], dtype=torch.int32, device="cuda")
+    lengths = torch.tensor([20000], dtype=torch.int32, device="cuda")
+    tokens, expected = (torch.full((1, 2, 1000), -1, dtype=torch.int32, device="cuda") for _ in range(2))
+    counts, expected_counts = (torch.zeros(1, dtype=torch.int32, device="cuda") for _ in range(2))
+    shared = (budgets, 60, lengths, SINKS, RECENT)
+    sticky_topk(buffer, *shared, tokens.clone(), counts.clone(), tokens.clone(), counts.clone())
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sticky_topk(buffer, *shared, tokens, counts, tokens, counts)
+    for step_scores in scores:
+        buffer.copy_(step_scores)
+        graph.replay()
+        sticky_topk_reference(step_scores, *shared, expected, expected_counts, expected, expected_counts)
+        assert torch.equal(tokens, expected)
