@@ -40,7 +40,7 @@ def gather_rows_reference(
             count = int(miss_counts[b, h])
             source = miss_tokens[b, h, :count].long()
             target = miss_slots[b, h, :count].long() + first_slot
-            slots[b, h, target] = host_rows[b, h, source]
+            slots[b, h, target] = host_rows[b, h, source.to(host_rows.device)].to(slots.device)
 
 
 def gather_rows_triton(

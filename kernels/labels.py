@@ -128,7 +128,7 @@ def _make_labels_kernel(
     o_r = tl.arange(0, R)
     m_t = o_t < tokens
     b_label = tl.zeros([BLOCK, R], tl.float32)
-    for first in tl.static_range(0, DIM, BLOCK_D):
+    for first in range(0, DIM, BLOCK_D):
         o_d = first + tl.arange(0, BLOCK_D)
         m_d = o_d < DIM
         p_key = keys + i_b * keys_b + i_h * keys_h + o_t[:, None] * keys_t + o_d[None, :]

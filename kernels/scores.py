@@ -73,20 +73,20 @@ def label_scores_triton(
     sinks: int,
     recent: int,
     scores: torch.Tensor,
-    block_tokens: int = 256,
-    blocks: int = 8,
+    block_bytes: int = 8192,
+    program_tokens: int = 2048,
     num_stages: int = 4,
     num_warps: int = 4,
 ) -> None:
-    """One launch; a program streams blocks * block_tokens tokens of one KV head.
+    """One launch; a program streams program_tokens tokens of one KV head, about block_bytes at a time.
 
     Codes go to the tensor cores as exact float16 integers against the query
     labels as a sum of two float16 numbers, so the only rounding is float32's.
     A matrix row holds `pack` tokens, against block-diagonal query labels: with
     one token a row, most of the 8 columns a tensor core has would be padding
     and the arithmetic, not memory, would set the pace.
-    256 x 8 tokens make 1,024 programs at 262,144 tokens and 8 KV heads: one
-    wave of 8 programs on each of an H100's 132 SMs.
+    2,048 tokens make 1,024 programs at 262,144 tokens and 8 KV heads: one wave
+    of 8 programs on each of an H100's 132 SMs.
     """
     batch, kv_heads, capacity = scores.shape
     heads, channels = query_labels.shape[1:]
@@ -102,13 +102,16 @@ def label_scores_triton(
     group_pad = triton.next_power_of_2(group)
     # 8 columns and 16 rows of the query matrix are the least a tensor core takes; 128 rows bound its size.
     pack = max(min(8 // group_pad, 128 // width), 16 // width, 1)
-    _label_scores_kernel[(triton.cdiv(capacity, block_tokens * blocks), batch * kv_heads)](
+    # At least 64 rows: 16 for each of 4 warps; at most 128, to keep the accumulators in registers.
+    rows = max(64, min(128, block_bytes // (pack * width * codes.element_size())))
+    blocks = triton.cdiv(program_tokens, rows * pack)
+    _label_scores_kernel[(triton.cdiv(capacity, blocks * rows * pack), batch * kv_heads)](
         query_labels, offsets, codes, scales, lengths, scores,
         codes.stride(0), codes.stride(1), scales.stride(0), scales.stride(1),
         scores.stride(0), scores.stride(1), capacity,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(group_pad, 8 // pack), PACK=pack,
         R=channels, WIDTH=width, BITS=bits, SINKS=sinks, RECENT=recent, ASM=scores.is_cuda,
-        BLOCK=block_tokens, BLOCKS=blocks, STAGES=num_stages, num_warps=num_warps,
+        BLOCK=rows * pack, BLOCKS=blocks, STAGES=num_stages, num_warps=num_warps,
     )  # fmt: skip
 
 

@@ -169,7 +169,7 @@ def test_scores_of_the_selectable_span(bits, channels, group, device):
     got = want.clone()
     args = (query, offsets, codes, scales, bits, ints(lengths, device), SINKS, RECENT)
     label_scores_reference(*args, want)
-    label_scores_triton(*args, got, block_tokens=64, blocks=2)
+    label_scores_triton(*args, got, program_tokens=256)
     for b, length in enumerate(lengths):
         covered = min(-(-length // 64) * 64, capacity)  # up to the end of the block with the length
         torch.testing.assert_close(got[b, :, :covered], want[b, :, :covered], rtol=1e-5, atol=2e-5)

@@ -1,0 +1,280 @@
+"""Time every op of kernels/ at one shape, against measured ceilings: python -m bench.ops [--sweep].
+
+The default shape is one layer of Llama-3.1-8B at 262,144 tokens. Prints a
+table and, as its last line, one JSON object. (Not called kernels.py: with
+bench/ on the path, transformers would import that as Hugging Face's `kernels`.)
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+
+from bench.timing import graph_ms, hbm_copy_gb_s, pinned_copy_gb_s
+from offload_runtime.kernels.append import append_rows
+from offload_runtime.kernels.gather import gather_rows, gather_rows_triton
+from offload_runtime.kernels.labels import code_width, make_labels, make_labels_triton
+from offload_runtime.kernels.query_labels import query_labels, query_labels_triton
+from offload_runtime.kernels.residency import resolve
+from offload_runtime.kernels.scores import label_scores, label_scores_triton
+from offload_runtime.kernels.sparse_decode import sparse_attention, sparse_attention_triton
+from offload_runtime.kernels.topk import select_topk
+
+LAYERS = 4  # buffer sets a graph cycles through: 4 x 42 MB is more than an H100's 50 MB of L2
+INT32 = {"dtype": torch.int32, "device": "cuda"}
+
+
+@dataclass
+class Shape:
+    batch: int = 1
+    heads: int = 32
+    kv_heads: int = 8
+    dim: int = 128
+    tokens: int = 262_144
+    sinks: int = 4
+    recent: int = 64
+
+    def row_bytes(self) -> int:
+        return 4 * self.dim  # K and V in bfloat16
+
+    def lengths(self) -> torch.Tensor:
+        return torch.full((self.batch,), self.tokens, **INT32)
+
+
+@dataclass
+class Timing:
+    """One measurement: bytes is what the op must move through `link` at least."""
+
+    op: str
+    config: str
+    bytes: int
+    link: str  # "hbm", "pcie", or "" where latency is the point
+    us: float = 0.0
+
+
+Calls = list[Callable[[], object]]
+
+
+def random_selection(shape: Shape, budget: int) -> torch.Tensor:
+    """Ascending random tokens [B, Hkv, K], another set for every head."""
+    width = shape.batch * shape.kv_heads
+    span = shape.tokens - shape.sinks - shape.recent
+    picks = [torch.randperm(span, device="cuda")[:budget].sort().values for _ in range(width)]
+    chosen = torch.stack(picks).view(shape.batch, shape.kv_heads, budget)
+    return (chosen + shape.sinks).int()
+
+
+def configs(op: Callable, tuned: Callable, sweep: bool, options: list[dict]) -> list[tuple[str, Callable]]:
+    """The public op, and for a sweep its Triton version under each set of options."""
+    found = [("default", op)]
+    if sweep:
+        for option in options:
+            name = " ".join(f"{k}={v}" for k, v in option.items())
+            found.append((name, lambda *args, option=option: tuned(*args, **option)))
+    return found
+
+
+def bench_scores(shape: Shape, bits: int, channels: int, sweep: bool):
+    b, h, n = shape.batch, shape.kv_heads, shape.tokens
+    dtype = torch.float16 if bits == 16 else torch.uint8
+    width = code_width(channels, bits)
+    codes = [torch.ones(b, h, n, width, dtype=dtype, device="cuda") for _ in range(LAYERS)]
+    scales = [torch.ones(b, h, n, 2, dtype=torch.float16, device="cuda") for _ in range(LAYERS)]
+    scores = [torch.empty(b, h, n, device="cuda") for _ in range(LAYERS)]
+    query = torch.randn(b, shape.heads, channels, device="cuda")
+    offsets = torch.zeros(b, shape.heads, device="cuda")
+    moved = b * h * n * (width * codes[0].element_size() + 4 * (bits < 16) + 4)
+    options = [
+        {"block_bytes": 4096},
+        {"program_tokens": 1024},
+        {"program_tokens": 4096},
+        {"num_stages": 3},
+        {"num_stages": 6},
+        {"num_warps": 8, "program_tokens": 4096},
+    ]
+    rest = (shape.lengths(), shape.sinks, shape.recent)
+    for name, op in configs(label_scores, label_scores_triton, sweep, options):
+        buffers = zip(codes, scales, scores, strict=True)
+        calls = [lambda op=op, c=c, s=s, o=o: op(query, offsets, c, s, bits, *rest, o) for c, s, o in buffers]
+        yield Timing(f"label_scores {channels} x {bits} bit", name, moved, "hbm"), calls
+
+
+def bench_topk(shape: Shape, budget: int):
+    b, h, n = shape.batch, shape.kv_heads, shape.tokens
+    scores = [torch.randn(b, h, n, device="cuda") for _ in range(LAYERS)]
+    tokens = torch.empty(b, h, budget, **INT32)
+    counts, budgets = torch.empty(b, **INT32), torch.full((b,), budget, **INT32)
+    args = (budgets, shape.lengths(), shape.sinks, shape.recent, tokens, counts)
+    calls: Calls = [lambda s=s: select_topk(s, *args) for s in scores]
+    yield Timing(f"select_topk k={budget}", "default", 4 * b * h * (n + budget), "hbm"), calls
+
+
+def bench_resolve(shape: Shape, budget: int):
+    """Two selections that share half their tokens take turns, so every call has hits and misses."""
+    b, h, n_slots = shape.batch, shape.kv_heads, budget * 5 // 4
+    both = random_selection(shape, budget * 3 // 2)  # [B, Hkv, 1.5 K]
+    first = both[..., :budget].contiguous()
+    second = both[..., budget // 2 :].contiguous()
+    slot_of_token = torch.full((b, h, shape.tokens), -1, **INT32)
+    token_in_slot = torch.full((b, h, n_slots), -1, **INT32)
+    stamps, hand = torch.full((b, h, n_slots), -1, **INT32), torch.zeros(b, h, **INT32)
+    misses = (torch.empty(b, h, budget, **INT32), torch.empty(b, h, budget, **INT32))
+    counts, miss_counts = torch.full((b,), budget, **INT32), torch.empty(b, h, **INT32)
+    counters = torch.zeros(2, 3, dtype=torch.int64, device="cuda")
+    state = (slot_of_token, token_in_slot, stamps, hand)
+    steps = torch.ones(1, **INT32), torch.full((1,), 2, **INT32)
+    calls: Calls = [
+        lambda chosen=chosen, step=step: resolve(
+            chosen, counts, *state, step, 1, *misses, miss_counts, counters
+        )
+        for chosen, step in [(first, steps[0]), (second, steps[1])] * 2
+    ]
+    yield Timing(f"resolve k={budget}, half missed", "default", 0, ""), calls
+
+
+def bench_gather(shape: Shape, misses: int, host_rows: torch.Tensor, sweep: bool):
+    b, h = shape.batch, shape.kv_heads
+    slots = torch.empty(b, h, misses, 2 * shape.dim, dtype=torch.bfloat16, device="cuda")
+    tokens = [random_selection(shape, misses) for _ in range(LAYERS)]
+    places = torch.arange(misses, **INT32).expand(b, h, misses).contiguous()
+    counts = torch.full((b, h), misses, **INT32)
+    options = [
+        {"num_programs": programs, "block_bytes": size, "num_warps": warps}
+        for programs, size, warps in [
+            (16, 8192, 4),
+            (32, 4096, 4),
+            (32, 16384, 4),
+            (48, 8192, 4),
+            (16, 16384, 8),
+        ]
+    ]
+    moved = b * h * misses * shape.row_bytes()
+    for name, op in configs(gather_rows, gather_rows_triton, sweep, options):
+        calls = [lambda op=op, t=t: op(host_rows, t, places, counts, slots, 0) for t in tokens]
+        yield Timing(f"gather_rows {misses} a head", name, moved, "pcie"), calls
+
+
+def bench_append(shape: Shape, host_rows: torch.Tensor):
+    b, h, d = shape.batch, shape.kv_heads, shape.dim
+    key = torch.randn(b, h, d, device="cuda").bfloat16()
+    slots = torch.empty(b, h, shape.sinks + shape.recent, 2 * d, dtype=torch.bfloat16, device="cuda")
+    args = (key, key, shape.lengths(), slots, shape.sinks, shape.recent, host_rows)
+    calls: Calls = [lambda: append_rows(*args)] * LAYERS
+    yield Timing("append_rows", "default", 0, ""), calls
+
+
+def bench_make_labels(shape: Shape, new_tokens: int, sweep: bool):
+    b, h, d, channels = shape.batch, shape.kv_heads, shape.dim, 32
+    keys = torch.randn(b, new_tokens, h, d, device="cuda").bfloat16().transpose(1, 2)  # [B, Hkv, T, D]
+    key_map, key_mean = torch.randn(h, channels, d, device="cuda"), torch.zeros(h, d, device="cuda")
+    codes = torch.empty(b, h, shape.tokens, channels // 2, dtype=torch.uint8, device="cuda")
+    scales = torch.empty(b, h, shape.tokens, 2, dtype=torch.float16, device="cuda")
+    args = (keys, key_map, key_mean, torch.zeros(b, **INT32), codes, scales, 4)
+    options = [{"block_tokens": 32}, {"block_tokens": 128}, {"block_tokens": 128, "num_warps": 8}]
+    moved = b * h * new_tokens * (2 * d + channels // 2 + 4)
+    for name, op in configs(make_labels, make_labels_triton, sweep and new_tokens > 1, options):
+        calls: Calls = [lambda op=op: op(*args)] * LAYERS
+        yield Timing(f"make_labels T={new_tokens}", name, moved, "hbm" if new_tokens > 1 else ""), calls
+
+
+def bench_query_labels(shape: Shape, sweep: bool):
+    b, h, d, channels = shape.batch, shape.kv_heads, shape.dim, 32
+    query = torch.randn(b, shape.heads, d, device="cuda").bfloat16()
+    query_map, key_mean = (
+        torch.randn(shape.heads, channels, d, device="cuda"),
+        torch.zeros(h, d, device="cuda"),
+    )
+    slots = torch.zeros(b, h, shape.sinks + shape.recent, 2 * d, dtype=torch.bfloat16, device="cuda")
+    args = (query, query_map, key_mean, slots, shape.lengths(), shape.sinks, shape.recent, d**-0.5, True)
+    for name, op in configs(
+        query_labels, query_labels_triton, sweep, [{"num_warps": 8}, {"block_rows": 32}, {"block_rows": 128}]
+    ):
+        calls: Calls = [lambda op=op: op(*args)] * LAYERS
+        yield Timing("query_labels", name, 0, ""), calls
+
+
+def bench_attention(shape: Shape, budget: int, sweep: bool):
+    b, h, d = shape.batch, shape.kv_heads, shape.dim
+    local = shape.sinks + shape.recent
+    query = torch.randn(b, shape.heads, d, device="cuda").bfloat16()
+    slots = [
+        torch.zeros(b, h, local + budget, 2 * d, dtype=torch.bfloat16, device="cuda") for _ in range(LAYERS)
+    ]
+    tokens = random_selection(shape, budget)
+    slot_of_token = torch.full((b, h, shape.tokens), -1, **INT32)
+    places = torch.randperm(budget, device="cuda").int().expand(b, h, budget)
+    slot_of_token.scatter_(2, tokens.long(), places)
+    counts = torch.full((b,), budget, **INT32)
+    args = (tokens, counts, slot_of_token, shape.lengths(), shape.sinks, shape.recent, d**-0.5)
+    options = [
+        {"num_stages": 1},
+        {"num_stages": 3},
+        {"programs": 256},
+        {"programs": 1024},
+        {"block_bytes": 8192},
+        {"block_bytes": 8192, "programs": 1024, "num_stages": 1},
+        {"block_bytes": 32768, "num_warps": 8, "programs": 256},
+    ]
+    moved = b * h * (budget + local) * shape.row_bytes()
+    for name, op in configs(sparse_attention, sparse_attention_triton, sweep, options):
+        calls = [lambda op=op, s=s: op(query, s, *args) for s in slots]
+        yield Timing(f"sparse_attention k={budget}", name, moved, "hbm"), calls
+
+
+def all_benches(shape: Shape, sweep: bool):
+    yield from bench_scores(shape, 4, 32, sweep)
+    yield from bench_scores(shape, 16, 16, sweep)
+    for budget in (2048, 16_384):
+        yield from bench_topk(shape, budget)
+        yield from bench_resolve(shape, budget)
+        yield from bench_attention(shape, budget, sweep)
+    rows = (shape.batch, shape.kv_heads, shape.tokens, 2 * shape.dim)
+    host_rows = torch.empty(rows, dtype=torch.bfloat16, pin_memory=True)
+    yield from bench_append(shape, host_rows)
+    for misses in (256, 2048, 8192):
+        yield from bench_gather(shape, misses, host_rows, sweep)
+    for new_tokens in (1, 8192):
+        yield from bench_make_labels(shape, new_tokens, sweep)
+    yield from bench_query_labels(shape, sweep)
+
+
+def report(timing: Timing, ceilings: dict[str, float]) -> dict:
+    """Print one line of the table; return it as numbers."""
+    result = asdict(timing)
+    line = f"{timing.op:32} {timing.config:52} {timing.us:9.1f} us"
+    if timing.link:
+        result["gb_s"] = round(timing.bytes / timing.us / 1e3, 1)
+        result["of_ceiling"] = round(result["gb_s"] / ceilings[timing.link], 3)
+        line += f" {result['gb_s']:8.0f} GB/s {100 * result['of_ceiling']:4.0f}% of {timing.link} copy"
+    print(line, flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sweep", action="store_true", help="also try other launch configurations")
+    parser.add_argument("--tokens", type=int, default=Shape.tokens)
+    parser.add_argument("--batch", type=int, default=Shape.batch)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench.ops times kernels on a CUDA GPU, and torch finds none here.")
+    shape = Shape(batch=options.batch, tokens=options.tokens)
+    torch.manual_seed(0)
+    ceilings = {"hbm": hbm_copy_gb_s(), "pcie": pinned_copy_gb_s()}
+    gpu = torch.cuda.get_device_name()
+    print(f"{gpu}: HBM copy {ceilings['hbm']:.0f} GB/s, pinned copy {ceilings['pcie']:.1f} GB/s")
+    results = []
+    for timing, calls in all_benches(shape, options.sweep):
+        timing.us = round(graph_ms(calls) * 1e3, 2)
+        results.append(report(timing, ceilings))
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    print(json.dumps({"gpu": gpu, **versions, "shape": asdict(shape), "ceilings": ceilings, "ops": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Time GPU work inside a CUDA graph, and measure the ceilings it is compared with.
+
+A graph holds one call for each of several buffer sets ("layers"), so that, as
+in decoding, no call finds its data in L2 and none waits for Python.
+"""
+
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import torch
+
+GIB = 1 << 30
+
+
+def graph_ms(calls: Sequence[Callable[[], object]], replays: int = 20) -> float:
+    """Median milliseconds a call of `calls`, captured one after the other and replayed together."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles the kernels, which a capture must not do
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return median(_event_ms(graph.replay, replays)) / len(calls)
+
+
+def _event_ms(work: Callable[[], object], repeats: int) -> list[float]:
+    """Milliseconds of each repeat after three to warm up."""
+    times = []
+    for i in range(repeats + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        if i >= 3:
+            times.append(start.elapsed_time(end))
+    return times
+
+
+def hbm_copy_gb_s() -> float:
+    """Bytes read plus bytes written a second by a device-to-device copy of 1 GiB."""
+    source = torch.zeros(GIB, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * GIB / median(_event_ms(lambda: target.copy_(source), 10)) / 1e6
+
+
+def pinned_copy_gb_s() -> float:
+    """Bytes a second of a copy of 256 MiB from pinned host memory by the copy engine."""
+    source = torch.empty(GIB // 4, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device="cuda")
+    return GIB / 4 / median(_event_ms(lambda: target.copy_(source, non_blocking=True), 10)) / 1e6

@@ -1,0 +1,160 @@
+"""Compile every kernel for one architecture, without a GPU: python aot_compile.py 90.
+
+Prints one JSON object: {"unsupported": why} if this Triton cannot build even an
+empty kernel for the architecture, else {"failed": {case: error}}. It is run as a
+program of its own because the interpreter that the other tests use replaces @triton.jit.
+
+To add a kernel, add a Case. Arguments that are in neither `types` nor
+`constants` are 32-bit integers divisible by 16, as strides are.
+"""
+
+import importlib
+import json
+import re
+import sys
+from dataclasses import dataclass
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+
+@dataclass(frozen=True)
+class Case:
+    module: str  # in offload_runtime.kernels
+    kernel: str
+    types: dict  # argument -> Triton type name
+    constants: dict  # argument -> compile-time value
+    wide: bool = False  # its loads must be 16 bytes a thread
+    num_warps: int = 4
+
+
+def append(dtype: str, dim: int, dim_pad: int) -> Case:
+    pointers = dict.fromkeys(("key", "value", "slots", "host_rows"), f"*{dtype}")
+    sizes = {"DIM": dim, "DIM_PAD": dim_pad, "SINKS": 4, "RECENT": 64, "KV_HEADS": 8}
+    return Case("append", "_append_rows_kernel", pointers | {"lengths": "*i32"}, sizes, num_warps=1)
+
+
+def gather(dtype: str, row: int, row_pad: int, block: int) -> Case:
+    pointers = dict.fromkeys(("host_rows", "slots"), f"*{dtype}")
+    pointers |= dict.fromkeys(("miss_tokens", "miss_slots", "miss_counts"), "*i32")
+    sizes = {"KV_HEADS": 8, "HEADS": 8, "HEADS_PAD": 8, "ROW": row, "ROW_PAD": row_pad, "BLOCK": block}
+    sizes |= {"FIRST_SLOT": 68, "PROGRAMS": 32}
+    return Case("gather", "_gather_rows_kernel", pointers, sizes, wide=True)
+
+
+def labels(dtype: str, dim: int, channels: int, bits: int, block: int, block_d: int) -> Case:
+    pointers = {"keys": f"*{dtype}", "key_map": "*fp32", "key_mean": "*fp32", "starts": "*i32"}
+    pointers |= {"codes": "*fp16" if bits == 16 else "*u8", "scales": "*fp16"}
+    sizes = {"KV_HEADS": 8, "DIM": dim, "BLOCK_D": block_d, "R": channels, "BITS": bits, "BLOCK": block}
+    return Case("labels", "_make_labels_kernel", pointers, sizes)
+
+
+def query_labels(dtype: str, dim: int, dim_pad: int, channels: int) -> Case:
+    pointers = {"query": f"*{dtype}", "slots": f"*{dtype}", "lengths": "*i32", "scale": "fp32"}
+    pointers |= dict.fromkeys(("query_map", "key_mean", "labels", "offsets"), "*fp32")
+    sizes = {"HEADS": 32, "GROUP": 4, "DIM": dim, "DIM_PAD": dim_pad, "R": channels, "BLOCK": 64}
+    sizes |= {"SINKS": 4, "RECENT": 64, "INCLUDE_CURRENT": True}
+    return Case("query_labels", "_query_labels_kernel", pointers, sizes)
+
+
+def scores(bits: int, channels: int, group: int, group_pad: int, pack: int, block: int) -> Case:
+    codes, scale_pairs = ("*fp16", "*fp16") if bits == 16 else ("*u8", "*i32")
+    pointers = dict.fromkeys(("query_labels", "offsets", "scores"), "*fp32")
+    pointers |= {"codes": codes, "scales": scale_pairs, "lengths": "*i32"}
+    sizes = {"KV_HEADS": 8, "GROUP": group, "GROUP_PAD": group_pad, "PACK": pack, "R": channels}
+    sizes |= {"WIDTH": channels // 2 if bits == 4 else channels, "BITS": bits, "SINKS": 4, "RECENT": 64}
+    sizes |= {"ASM": True, "BLOCK": block, "BLOCKS": 8, "STAGES": 4}
+    return Case("scores", "_label_scores_kernel", pointers, sizes, wide=bits == 16)
+
+
+def attend(dtype: str, dim: int, dim_pad: int, group_pad: int, block: int, softcap: bool = False) -> Case:
+    pointers = dict.fromkeys(("query", "slots"), f"*{dtype}") | {"scale": "fp32", "softcap": "fp32"}
+    pointers |= dict.fromkeys(("tokens", "counts", "slot_of_token", "lengths"), "*i32")
+    pointers |= dict.fromkeys(("partial", "tops", "sums"), "*fp32")
+    sizes = {"KV_HEADS": 8, "GROUP": 4, "GROUP_PAD": group_pad, "DIM": dim, "DIM_PAD": dim_pad, "SINKS": 4}
+    sizes |= {"RECENT": 64, "SPLITS": 52, "CHUNK": 320, "BLOCK": block, "SOFTCAP": softcap}
+    sizes |= {"UPCAST": False, "STAGES": 2}
+    return Case("sparse_decode", "_attend_kernel", pointers, sizes, wide=True)
+
+
+def combine(dtype: str, dim: int, has_sink: bool) -> Case:
+    pointers = {"partial": "*fp32", "tops": "*fp32", "sums": "*fp32", "out": f"*{dtype}"}
+    sizes = {"HEADS": 32, "DIM": dim, "BLOCK_D": 32, "SPLITS": 52, "SPLITS_PAD": 64, "HAS_SINK": has_sink}
+    if has_sink:
+        pointers["sink_logits"] = "*fp32"
+    else:
+        sizes["sink_logits"] = None  # a launch with None makes it a constant
+    return Case("sparse_decode", "_combine_kernel", pointers, sizes)
+
+
+CASES = [
+    append("bf16", 128, 128),
+    append("fp32", 80, 128),
+    gather("bf16", 256, 256, 16),
+    gather("fp32", 160, 256, 8),
+    gather("fp16", 32, 32, 128),
+    labels("bf16", 128, 32, 4, 1, 128),
+    labels("bf16", 128, 32, 4, 64, 32),
+    labels("fp16", 256, 128, 8, 64, 32),
+    labels("fp32", 80, 16, 16, 64, 32),
+    query_labels("bf16", 128, 128, 32),
+    query_labels("fp32", 80, 128, 128),
+    scores(4, 32, 4, 4, 2, 256),
+    scores(4, 16, 8, 8, 2, 256),
+    scores(8, 64, 1, 4, 2, 128),
+    scores(16, 16, 4, 4, 2, 256),
+    scores(16, 128, 16, 16, 1, 64),
+    attend("bf16", 128, 128, 16, 64),
+    attend("fp16", 80, 128, 16, 64, softcap=True),
+    attend("fp32", 256, 256, 16, 16),
+    attend("bf16", 16, 16, 16, 128),
+    combine("bf16", 128, has_sink=False),
+    combine("fp32", 80, has_sink=True),
+]
+
+
+@triton.jit
+def _empty_kernel(x):
+    pass
+
+
+def compile_kernel(fn, types: dict, constants: dict, arch: int, num_warps: int):
+    signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in fn.arg_names}
+    aligned = [a for a in fn.arg_names if signature[a].startswith("*") or a not in types | constants]
+    source = ASTSource(
+        fn=fn,
+        signature=signature,
+        constexprs={(fn.arg_names.index(a),): value for a, value in constants.items()},
+        attrs={(fn.arg_names.index(a),): [["tt.divisibility", 16]] for a in aligned},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
+
+
+def check(case: Case, arch: int) -> None:
+    fn = getattr(importlib.import_module(f"offload_runtime.kernels.{case.module}"), case.kernel)
+    kernel = compile_kernel(fn, case.types, case.constants, arch, case.num_warps)
+    wide_load = r"ld\.global\S*\.v4\.b32|cp\.async\.cg"  # cp.async.cg exists at 16 bytes only
+    if case.wide and not re.search(wide_load, kernel.asm["ptx"]):
+        raise AssertionError("no 16-byte loads in its PTX")
+    if kernel.metadata.shared > 99 * 1024:  # what one block may have on sm_86, sm_89 and sm_120
+        raise AssertionError(f"{kernel.metadata.shared} bytes of shared memory")
+
+
+def main(arch: int) -> None:
+    try:
+        compile_kernel(_empty_kernel, {"x": "*i32"}, {}, arch, 1)
+    except Exception as error:
+        print(json.dumps({"unsupported": f"{type(error).__name__}: {error}"[:500]}))
+        return
+    failed = {}
+    for case in CASES:
+        try:
+            check(case, arch)
+        except Exception as error:
+            failed[f"{case.kernel} {case.constants}"] = f"{type(error).__name__}: {error}"[:500]
+    print(json.dumps({"failed": failed}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
