@@ -8,7 +8,7 @@ commands, not here, so that --help is fast.
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -42,21 +42,21 @@ def start(
 @app.command()
 def generate(
     prompt_file_or_dash: Annotated[
-        Optional[str], typer.Argument(metavar="[-]", help="'-' reads the prompt from stdin.")
+        str | None, typer.Argument(metavar="[-]", help="'-' reads the prompt from stdin.")
     ] = None,
     model: opt.Model = None,
-    prompt: Annotated[Optional[str], typer.Option(help="The prompt's text.")] = None,
-    prompt_file: Annotated[Optional[str], typer.Option(help="A UTF-8 text file; '-' is stdin.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The prompt's text.")] = None,
+    prompt_file: Annotated[str | None, typer.Option(help="A UTF-8 text file; '-' is stdin.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
-    temperature: Annotated[Optional[float], typer.Option(help="Sample at it; 0 is greedy.")] = None,
-    top_p: Annotated[Optional[float], typer.Option(help="Sample from the likeliest mass p.")] = None,
-    top_k: Annotated[Optional[int], typer.Option(help="Sample from the k likeliest tokens.")] = None,
-    repetition_penalty: Annotated[Optional[float], typer.Option(help="1 is none.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sample at it; 0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest mass p.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1 is none.")] = None,
     stats: Annotated[
         str, typer.Option(help="Printed to stderr at the end: summary, table (by layer), json or none.")
     ] = "summary",
-    stats_file: Annotated[Optional[Path], typer.Option(help="Write the figures here as JSON.")] = None,
+    stats_file: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
     ctx: opt.Ctx = None,
     budget: opt.Budget = None,
     prefetch: opt.Prefetch = None,
@@ -127,8 +127,8 @@ def plan(
     slots: opt.Slots = None,
     new_rows: opt.NewRows = None,
     chunk_tokens: opt.ChunkTokens = None,
-    gpu_gb: Annotated[Optional[float], typer.Option(help="Plan for this much free GPU memory.")] = None,
-    host_gb: Annotated[Optional[float], typer.Option(help="Plan for this much free host memory.")] = None,
+    gpu_gb: Annotated[float | None, typer.Option(help="Plan for this much free GPU memory.")] = None,
+    host_gb: Annotated[float | None, typer.Option(help="Plan for this much free host memory.")] = None,
     miss_rate: Annotated[
         float, typer.Option(help="Part of a selection that must be fetched when --new-rows is not given.")
     ] = 0.5,
@@ -173,7 +173,7 @@ def demo(
     ctx_tokens: Annotated[int, typer.Option(help="Length of the document in tokens.")] = 8192,
     depth: Annotated[float, typer.Option(help="Where the key is hidden: 0 start, 1 end.")] = 0.3,
     seed: Annotated[int, typer.Option(help="Chooses the key and its number.")] = 0,
-    prose_file: Annotated[Optional[Path], typer.Option(help="Hide the key in this text instead.")] = None,
+    prose_file: Annotated[Path | None, typer.Option(help="Hide the key in this text instead.")] = None,
     budget: opt.Budget = None,
     prefetch: opt.Prefetch = None,
     new_rows: opt.NewRows = None,

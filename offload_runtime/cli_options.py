@@ -2,41 +2,41 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
 from .errors import UserError
 
 Model = Annotated[
-    Optional[str], typer.Option(help="Model directory or hub name; default: the small model that ships here.")
+    str | None, typer.Option(help="Model directory or hub name; default: the small model that ships here.")
 ]
-Ctx = Annotated[Optional[int], typer.Option(help="Most tokens of prompt and answer. [default: 262144]")]
+Ctx = Annotated[int | None, typer.Option(help="Most tokens of prompt and answer. [default: 262144]")]
 Budget = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(help="Tokens attended to per KV head: a count, or a part of the context. [default: 1/16]"),
 ]
-Prefetch = Annotated[Optional[str], typer.Option(help="correct, predict or off. [default: correct]")]
-LabelChannels = Annotated[Optional[int], typer.Option(help="Label numbers kept of a key. [default: 32]")]
-LabelBits = Annotated[Optional[int], typer.Option(help="Bits of a label number: 16, 8 or 4. [default: 4]")]
-Sinks = Annotated[Optional[int], typer.Option(help="First tokens always attended to. [default: 16]")]
-Recent = Annotated[Optional[int], typer.Option(help="Last tokens always attended to. [default: 64]")]
+Prefetch = Annotated[str | None, typer.Option(help="correct, predict or off. [default: correct]")]
+LabelChannels = Annotated[int | None, typer.Option(help="Label numbers kept of a key. [default: 32]")]
+LabelBits = Annotated[int | None, typer.Option(help="Bits of a label number: 16, 8 or 4. [default: 4]")]
+Sinks = Annotated[int | None, typer.Option(help="First tokens always attended to. [default: 16]")]
+Recent = Annotated[int | None, typer.Option(help="Last tokens always attended to. [default: 64]")]
 Slots = Annotated[
-    Optional[int], typer.Option(help="Resident rows per layer and KV head. [default: twice the budget]")
+    int | None, typer.Option(help="Resident rows per layer and KV head. [default: twice the budget]")
 ]
 NewRows = Annotated[
-    Optional[int], typer.Option(help="Sticky selection: at most this many new rows a step. [default: exact]")
+    int | None, typer.Option(help="Sticky selection: at most this many new rows a step. [default: exact]")
 ]
-ChunkTokens = Annotated[Optional[int], typer.Option(help="Tokens a prefill chunk. [default: by device]")]
-CalibrationFile = Annotated[Optional[str], typer.Option("--calibration", help="A file from `calibrate`.")]
-Seed = Annotated[Optional[int], typer.Option(help="Seed of sampling.")]
+ChunkTokens = Annotated[int | None, typer.Option(help="Tokens a prefill chunk. [default: by device]")]
+CalibrationFile = Annotated[str | None, typer.Option("--calibration", help="A file from `calibrate`.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of sampling.")]
 NoCudaGraph = Annotated[bool, typer.Option("--no-cuda-graph", help="Run decode steps without a CUDA graph.")]
 Device = Annotated[str, typer.Option(help="auto, cuda or cpu.")]
 Dtype = Annotated[
-    Optional[str], typer.Option(help="bfloat16, float16 or float32. [default: the model's; float32 on CPU]")
+    str | None, typer.Option(help="bfloat16, float16 or float32. [default: the model's; float32 on CPU]")
 ]
-Revision = Annotated[Optional[str], typer.Option(help="Hub branch, tag or commit.")]
-Token = Annotated[Optional[str], typer.Option(help="Hub access token.", envvar="HF_TOKEN", show_envvar=True)]
+Revision = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")]
+Token = Annotated[str | None, typer.Option(help="Hub access token.", envvar="HF_TOKEN", show_envvar=True)]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow a model's own Python code to run.")
 ]
@@ -86,9 +86,7 @@ def model_source(given: dict[str, Any]) -> ModelSource:
     if device not in ("auto", "cpu", "cuda") and not device.removeprefix("cuda:").isdigit():
         raise UserError(f"--device is {device!r}; choose auto, cuda or cpu")
     name = model_or_embedded(given["model"])
-    return ModelSource(
-        name, device, dtype, given["revision"], given["token"], given["trust_remote_code"]
-    )
+    return ModelSource(name, device, dtype, given["revision"], given["token"], given["trust_remote_code"])
 
 
 def model_or_embedded(model: str | None) -> str:

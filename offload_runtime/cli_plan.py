@@ -50,9 +50,7 @@ def run_plan(request: PlanRequest) -> None:
     device = "cpu" if source.device == "cpu" else "cuda"
     dtype = getattr(torch, source.dtype) if source.dtype else None
     free = free_memory(request)
-    plan = make_plan(
-        config, model_config, free, device, batch=request.batch, dtype=dtype, weights=weights
-    )
+    plan = make_plan(config, model_config, free, device, batch=request.batch, dtype=dtype, weights=weights)
     rates = Rates()
     times = predict(plan, weights, rates, config.new_rows, request.miss_rate) if device == "cuda" else None
     if request.as_json:

@@ -88,10 +88,10 @@ def gather_rate() -> float:
     rows = pinned_empty((1, 1, REGION_ROWS, ROW_ELEMENTS), torch.bfloat16)
     tokens = torch.randperm(REGION_ROWS)[:GATHER_ROWS].sort().values.int()
     places = torch.arange(GATHER_ROWS, dtype=torch.int32)
-    misses = [part.cuda()[None, None] for part in (tokens, places)]  # [1, 1, rows]
+    tokens_gpu, places_gpu = (part.cuda()[None, None] for part in (tokens, places))  # [1, 1, rows]
     count = torch.full((1, 1), GATHER_ROWS, dtype=torch.int32, device="cuda")
     slots = torch.empty(1, 1, GATHER_ROWS, ROW_ELEMENTS, dtype=torch.bfloat16, device="cuda")
-    took = seconds(lambda: gather_rows(rows, *misses, count, slots, 0))
+    took = seconds(lambda: gather_rows(rows, tokens_gpu, places_gpu, count, slots, 0))
     return GATHER_ROWS * ROW_ELEMENTS * rows.element_size() / took
 
 
