@@ -46,7 +46,7 @@ class LayerCache:
         self.host = HostRows(layout, device.type == "cuda", allocator)
         self.labels = LabelCache(layout, device)
         self.resident = ResidentSet(layout, device)
-        self.maps: LabelMaps | None = None
+        self.maps = LabelMaps(layout, device)
         self.previous = Selection(layout, device) if new_rows is not None else None
         self.counters = torch.zeros(2, 3, dtype=torch.int64, device=device)
 
@@ -63,7 +63,6 @@ class LayerCache:
         append_rows(
             key, value, lengths, resident.slots, resident.sinks, resident.recent, self.host.rows
         )
-        assert self.maps is not None, "prefill sets the label maps"
         self.labels.write(key[:, :, None], self.maps, lengths - 1)  # [B, Hkv, 1, D]
 
     def select(
@@ -71,7 +70,6 @@ class LayerCache:
     ) -> None:
         """Choose each KV head's tokens for query [B, Hq, D] by label score."""
         state, resident, maps = self.state, self.resident, self.maps
-        assert maps is not None, "prefill sets the label maps"
         fixed = (resident.sinks, resident.recent)
         labels, offsets = query_labels(
             query, maps.query_map, maps.key_mean, resident.slots, state.lengths, *fixed, scale, not predicted
