@@ -27,8 +27,15 @@ class BatchState:
     """What changes from step to step, in GPU memory, shared by all layers."""
 
     lengths: torch.Tensor  # [B] int32: tokens, the current one included
+    positions: torch.Tensor  # [B] int32: the current token's, lengths - 1
     budgets: torch.Tensor  # [B] int32: K of each sequence
     step: torch.Tensor  # [1] int32: decode steps since the caches were cleared
+
+    def advance(self) -> None:
+        """Make room for one more token in every sequence."""
+        self.positions.copy_(self.lengths)
+        self.lengths.add_(1)
+        self.step.add_(1)
 
 
 class LayerCache:
@@ -63,7 +70,7 @@ class LayerCache:
         append_rows(
             key, value, lengths, resident.slots, resident.sinks, resident.recent, self.host.rows
         )
-        self.labels.write(key[:, :, None], self.maps, lengths - 1)  # [B, Hkv, 1, D]
+        self.labels.write(key[:, :, None], self.maps, self.state.positions)  # [B, Hkv, 1, D]
 
     def select(
         self, query: torch.Tensor, scale: float, selection: Selection, work: Workspace, predicted: bool

@@ -34,7 +34,7 @@ class Session:
         def integers(count: int) -> torch.Tensor:
             return torch.zeros(count, dtype=torch.int32, device=device)
 
-        self.state = BatchState(integers(batch), integers(batch), integers(1))
+        self.state = BatchState(integers(batch), integers(batch), integers(batch), integers(1))
         self.allocator = ThreadPoolExecutor(1, thread_name_prefix="pinned-rows")
         self.caches = [
             LayerCache(self.layout, self.state, device, config.new_rows, self.allocator)
