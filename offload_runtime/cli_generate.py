@@ -7,18 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, TextStreamer
 
+from .calibration import Calibration
 from .cli_exits import warn
 from .cli_options import ModelSource
 from .cli_progress import Working, quiet_unless_terminal
 from .cli_stats import check_stats_choice, figures, print_stats, write_json
 from .config import RuntimeConfig, make_config
 from .engine import OffloadedModel, choose_device
-from .errors import UserError
+from .errors import RunError, UserError
 from .memory import measure
-from .model_check import check_config, check_label_channels, load_config, position_warning
+from .model_check import check_config, check_label_channels, first_line, load_config, position_warning
 from .planner import Plan, make_plan, require
 
 
@@ -49,6 +52,8 @@ def run_generate(request: GenerateRequest) -> None:
     model_config = load_config(request.source.name_or_path, **request.source.hub())
     shape = check_config(model_config)
     check_label_channels(config.label_channels, shape)
+    if config.calibration is not None:
+        Calibration.load(Path(config.calibration)).check(model_config)
     tokenizer = load_tokenizer(request.source)
     ids = tokenise(tokenizer, text, request.chat)
     tokens = ids.shape[1] + request.max_new_tokens
@@ -72,11 +77,8 @@ def generate(request: GenerateRequest, ids: Any, plan: Plan) -> None:
     """Load the model, stream the answer to [1, T] ids to stdout, report."""
     source = request.source
     console = Console(stderr=True)
-    quiet_unless_terminal()
     console.print(f"loading {Path(source.name_or_path).name}", style="dim", highlight=False)
-    model = OffloadedModel.from_pretrained(
-        source.name_or_path, device=source.device, dtype=source.dtype, **source.hub(), **request.settings
-    )
+    model = load_model(source, request.settings)
     try:
         with Working(console, f"prefill of {ids.shape[1]} tokens") as bar:
             streamer = PipeStreamer(model.tokenizer, bar.finish)
@@ -93,6 +95,17 @@ def generate(request: GenerateRequest, ids: Any, plan: Plan) -> None:
     if request.stats_file is not None:
         write_json(request.stats_file, result)
     print_stats(result, request.stats, console)
+
+
+def load_model(source: ModelSource, settings: dict[str, Any]) -> OffloadedModel:
+    """The model, ready to run; RunError in one line when its files are missing or damaged."""
+    quiet_unless_terminal()
+    try:
+        return OffloadedModel.from_pretrained(
+            source.name_or_path, device=source.device, dtype=source.dtype, **source.hub(), **settings
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise RunError(f"cannot load model {source.name_or_path}: {first_line(error)}") from error
 
 
 class PipeStreamer(TextStreamer):
@@ -141,8 +154,8 @@ def load_tokenizer(source: ModelSource) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source.name_or_path, **source.hub())
     except (OSError, ValueError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"model {source.name_or_path} has no usable tokenizer: {lines[0]}") from error
+        reason = first_line(error)
+        raise UserError(f"model {source.name_or_path} has no usable tokenizer: {reason}") from error
 
 
 def tokenise(tokenizer: Any, text: str, chat: bool) -> Any:
@@ -166,7 +179,5 @@ def check_length(prompt_tokens: int, new_tokens: int, config: RuntimeConfig) -> 
         )
 
 
-def dtype_of(name: str | None) -> Any:
-    import torch
-
+def dtype_of(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from .errors import UserError
+from .model_check import first_line
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ def count_weights(config: PretrainedConfig) -> Weights:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, TypeError, ImportError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"cannot build a model of type {config.model_type!r}: {lines[0]}") from error
+        reason = first_line(error)
+        raise UserError(f"cannot build a model of type {config.model_type!r}: {reason}") from error
     total = active = 0
     share = expert_share(config)
     for name, parameter in model.named_parameters():

@@ -1,0 +1,184 @@
+"""The plan: byte counts against tensors that exist, and the searches for what fits."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, MixtralConfig
+
+from offload_runtime.config import RuntimeConfig
+from offload_runtime.errors import RunError, UserError
+from offload_runtime.memory import FreeMemory, cgroup_limits, host_free_bytes
+from offload_runtime.model_check import check_config, check_label_channels, position_warning
+from offload_runtime.planner import largest, make_plan, require
+from offload_runtime.session import Session
+from offload_runtime.speed import Rates, predict
+from offload_runtime.weights import count_weights
+
+from .models import random_llama
+
+GB = 10**9
+LLAMA_8B = LlamaConfig(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    max_position_embeddings=131072,
+    dtype="bfloat16",
+)
+PLENTY = FreeMemory(host=10**15, gpu=10**15)
+
+
+def test_weights_match_a_real_model() -> None:
+    model = random_llama()
+    counted = count_weights(model.config)
+    assert counted.total == sum(p.numel() for p in model.parameters())
+    assert counted.active == counted.total
+
+
+def test_llama_8b() -> None:
+    """Published: 8.03 billion parameters; 34.4 GB of KV rows at 262,144 tokens (131,072 bytes a token)."""
+    plan = make_plan(RuntimeConfig(), LLAMA_8B, PLENTY, "cuda")
+    assert plan.needs.weights == 8030261248 * 2
+    assert plan.needs.pinned == 262144 * 131072
+    assert plan.needs.labels == 32 * 8 * 262144 * (32 // 2 + 4)
+    assert plan.fits
+
+
+def test_mixture_of_experts_counts_active_parameters() -> None:
+    config = MixtralConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=100
+    )
+    weights = count_weights(config)
+    expert = 3 * 64 * 128
+    assert weights.total - weights.active == 2 * 6 * expert  # 2 layers, 6 of 8 experts idle
+
+
+def test_caches_take_what_the_plan_says() -> None:
+    model = random_llama()
+    from offload_runtime.adapter import ModelAdapter
+
+    config = RuntimeConfig(ctx=2048, budget=64)
+    plan = make_plan(config, model.config, PLENTY, "cpu", tokens=1500, batch=2)
+    session = Session(ModelAdapter(model), config, None, 2, config.capacity(1500))
+    assert session.layout == plan.layout
+    host = sum(cache.host.rows.nbytes for cache in session.caches)
+    labels = sum(cache.labels.codes.nbytes + cache.labels.scales.nbytes for cache in session.caches)
+    slots = sum(cache.resident.slots.nbytes for cache in session.caches)
+    assert (host, labels, slots) == (plan.needs.pinned, plan.needs.labels, plan.needs.slots)
+
+
+def test_largest_is_the_last_that_fits() -> None:
+    assert largest(lambda n: n <= 37, 1, 1000) == 37
+    assert largest(lambda n: True, 1, 1000) == 1000
+    assert largest(lambda n: False, 1, 1000) == 0
+
+
+@pytest.mark.parametrize("free", [FreeMemory(GB * 400, GB * 22), FreeMemory(GB * 20, GB * 80)])
+def test_what_is_offered_fits_and_one_more_does_not(free: FreeMemory) -> None:
+    weights = count_weights(LLAMA_8B)
+    config = RuntimeConfig()
+    plan = make_plan(config, LLAMA_8B, free, "cuda", weights=weights)
+    assert not plan.fits
+
+    def fits(trial: RuntimeConfig) -> bool:
+        return make_plan(trial, LLAMA_8B, free, "cuda", weights=weights).fits
+
+    assert fits(replace(config, ctx=plan.largest_ctx))
+    assert not fits(replace(config, ctx=plan.largest_ctx + 1))
+    with pytest.raises(RunError, match=rf"--ctx {plan.largest_ctx} ") as refusal:
+        require(plan)
+    assert "\n" not in str(refusal.value)
+
+
+def test_nothing_fits() -> None:
+    plan = make_plan(RuntimeConfig(), LLAMA_8B, FreeMemory(GB * 400, GB), "cuda")
+    with pytest.raises(RunError, match="no context fits"):
+        require(plan)
+
+
+def test_predictions_order() -> None:
+    """More missed rows cost more; sticky selection bounds them; sparse reads less than dense."""
+    weights = count_weights(LLAMA_8B)
+    plan = make_plan(RuntimeConfig(), LLAMA_8B, PLENTY, "cuda", weights=weights)
+    few, many = (predict(plan, weights, Rates(), None, rate) for rate in (0.1, 0.9))
+    sticky = predict(plan, weights, Rates(), 2048, 0.9)
+    assert few.offload_tpot < many.offload_tpot
+    assert sticky.miss_rate == 2048 / 16384
+    assert few.sparse_tpot < few.dense_tpot
+    # All rows missed: 2.15 GB over 50 GB/s is 43 ms, and layer 0's share is not hidden.
+    worst = predict(plan, weights, Rates(), None, 1.0)
+    assert worst.offload_tpot == pytest.approx(0.043 * (1 + 1 / 32), rel=0.01)
+
+
+def write_tree(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+def test_cgroup_v2_limit_of_a_parent_counts(tmp_path: Path) -> None:
+    top = "sys/fs/cgroup"
+    write_tree(
+        tmp_path,
+        {
+            "proc/self/cgroup": "0::/box/job\n",
+            f"{top}/box/job/memory.max": "max\n",
+            f"{top}/box/job/memory.current": "5\n",
+            f"{top}/box/job/memory.stat": "inactive_file 1\n",
+            f"{top}/box/memory.max": "1000\n",
+            f"{top}/box/memory.current": "700\n",
+            f"{top}/box/memory.stat": "anon 1\ninactive_file 200\n",
+        },
+    )
+    assert cgroup_limits(tmp_path) == [(1000, 500)]
+    assert host_free_bytes(tmp_path) == 500
+
+
+def test_cgroup_v1(tmp_path: Path) -> None:
+    folder = "sys/fs/cgroup/memory"
+    write_tree(
+        tmp_path,
+        {
+            "proc/self/cgroup": "5:cpu:/x\n4:memory:/x\n",
+            f"{folder}/x/memory.limit_in_bytes": "900\n",
+            f"{folder}/x/memory.usage_in_bytes": "300\n",
+            f"{folder}/x/memory.stat": "total_inactive_file 100\n",
+            f"{folder}/memory.limit_in_bytes": "9223372036854771712\n",
+            f"{folder}/memory.usage_in_bytes": "1\n",
+            f"{folder}/memory.stat": "total_inactive_file 0\n",
+        },
+    )
+    assert cgroup_limits(tmp_path) == [(900, 200)]
+
+
+def test_no_cgroup(tmp_path: Path) -> None:
+    assert cgroup_limits(tmp_path) == []
+    assert host_free_bytes(tmp_path) > 0
+
+
+def test_trained_positions_follow_the_scaling() -> None:
+    def positions(**rope: object) -> int:
+        config = LlamaConfig(max_position_embeddings=32768, rope_parameters={"rope_theta": 1e6, **rope})
+        return check_config(config).trained_positions
+
+    assert positions(rope_type="default") == 32768
+    assert positions(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768) == 131072
+
+
+def test_position_warning_and_label_channels() -> None:
+    shape = check_config(LLAMA_8B)
+    assert position_warning(131072, shape) is None
+    assert "rope_scaling" in str(position_warning(131073, shape))
+    check_label_channels(None, shape)
+    check_label_channels(128, shape)
+    with pytest.raises(UserError, match="head_dim is 128"):
+        check_label_channels(129, shape)
+
+
+def test_dtype_defaults_as_loading_does() -> None:
+    assert make_plan(RuntimeConfig(), LLAMA_8B, PLENTY, "cuda").layout.dtype == torch.bfloat16
+    assert make_plan(RuntimeConfig(), LLAMA_8B, PLENTY, "cpu").layout.dtype == torch.float32
