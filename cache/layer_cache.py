@@ -1,4 +1,4 @@
-"""One layer's cache: append, select, fetch, attend. The path of a row in four verbs."""
+"""One layer's cache: append, select, resolve, gather, attend. The path of a row in five verbs."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from ..kernels.gather import gather_rows
 from ..kernels.query_labels import query_labels
 from ..kernels.residency import resolve
 from ..kernels.scores import label_scores
+from ..kernels.select_cluster import cluster_select_available, select_by_labels_cluster
 from ..kernels.sparse_decode import sparse_attention
 from ..kernels.sticky import sticky_topk
 from ..kernels.topk import select_topk
@@ -55,6 +56,7 @@ class LayerCache:
         self.resident = ResidentSet(layout, device)
         self.maps = LabelMaps(layout, device)
         self.previous = Selection(layout, device) if new_rows is not None else None
+        self.one_kernel = cluster_select_available(device, layout.capacity)
         self.counters = torch.zeros(2, 3, dtype=torch.int64, device=device)
 
     def clear(self) -> None:
@@ -81,24 +83,32 @@ class LayerCache:
         labels, offsets = query_labels(
             query, maps.query_map, maps.key_mean, resident.slots, state.lengths, *fixed, scale, not predicted
         )
-        cache = self.labels
-        label_scores(
-            labels, offsets, cache.codes, cache.scales, cache.bits, state.lengths, *fixed, work.scores
-        )
-        chosen = (selection.tokens, selection.counts)
+        cache, chosen = self.labels, (selection.tokens, selection.counts)
+        label_arguments = (labels, offsets, cache.codes, cache.scales, cache.bits)
+        if self.one_kernel:
+            before = None if self.previous is None else self.previous.tokens
+            select_by_labels_cluster(
+                *label_arguments, state.budgets, state.lengths, *fixed, *chosen, before, self.new_rows or 0
+            )
+            return
+        label_scores(*label_arguments, state.lengths, *fixed, work.scores)
         if self.previous is None:
             select_topk(work.scores, state.budgets, state.lengths, *fixed, *chosen)
         else:
-            before = (self.previous.tokens, self.previous.counts)
-            assert self.new_rows is not None
             sticky_topk(
-                work.scores, state.budgets, self.new_rows, state.lengths, *fixed, *before, *chosen
+                work.scores,
+                state.budgets,
+                self.new_rows or 0,
+                state.lengths,
+                *fixed,
+                self.previous.tokens,
+                self.previous.counts,
+                *chosen,
             )
 
-    def fetch(self, selection: Selection, work: Workspace, phase: int) -> None:
-        """Bring the selected rows that are not resident from host memory into free slots."""
+    def resolve(self, selection: Selection, work: Workspace, phase: int) -> None:
+        """Find the selected rows that are not resident and give them slots; gather() fills those."""
         resident = self.resident
-        misses = (work.miss_tokens, work.miss_slots, work.miss_counts)
         resolve(
             selection.tokens,
             selection.counts,
@@ -108,10 +118,16 @@ class LayerCache:
             resident.hand,
             self.state.step,
             phase,
-            *misses,
+            work.miss_tokens,
+            work.miss_slots,
+            work.miss_counts,
             self.counters,
         )
-        gather_rows(self.host.rows, *misses, resident.slots, self.layout.fixed_slots)
+
+    def gather(self, work: Workspace) -> None:
+        """Bring the rows that resolve() listed from host memory into their slots."""
+        misses = (work.miss_tokens, work.miss_slots, work.miss_counts)
+        gather_rows(self.host.rows, *misses, self.resident.slots, self.layout.fixed_slots)
 
     def keep(self, selection: Selection) -> None:
         """Remember the selection that was attended to: the next sticky selection starts from it."""
