@@ -259,7 +259,9 @@ __device__ float score_step(const unsigned (*words)[WORDS], unsigned scale_offse
 #pragma unroll
     for (int tile = 0; tile < HEAD_TILES; ++tile) {  // pairs, so that the sum is the same in every quad lane
         const float* row = x[tile];
-        sum += (exp2_fast(row[0] - most) + exp2_fast(row[1] - most)) + (exp2_fast(row[2] - most) + exp2_fast(row[3] - most));
+        float near = exp2_fast(row[0] - most) + exp2_fast(row[1] - most);
+        float far = exp2_fast(row[2] - most) + exp2_fast(row[3] - most);
+        sum += near + far;
     }
     return most + log2_fast(sum);
 }
@@ -273,17 +275,31 @@ struct Batch {
     unsigned words[STEPS][4][WORDS], pair[STEPS];
 };
 
-// Tokens past the CTA's last repeat it, so that nothing beyond the written labels is read.
+// Full batches are loaded at fixed offsets from one address. In the last one, tokens past the CTA's last
+// repeat it, so that nothing beyond the written labels is read.
 __device__ void load_batch(
     const unsigned char* codes, const unsigned* scales, int base, int n, int lane, Batch& batch) {
+    int row = lane >> 2, mine = 8 * (lane & 3) + row;
+    codes += (lane & 3) * LANE_BYTES;
+    if (base + 32 * STEPS <= n) {
+        codes += (long long)(base + row) * ROW_BYTES;
+        scales += base + mine;
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
+        for (int step = 0; step < STEPS; ++step) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            long long token = min(base + 32 * step + 8 * j + (lane >> 2), n - 1);
-            load_codes(codes + token * ROW_BYTES + (lane & 3) * LANE_BYTES, batch.words[step][j]);
+            for (int j = 0; j < 4; ++j) load_codes(codes + (32 * step + 8 * j) * ROW_BYTES, batch.words[step][j]);
+            batch.pair[step] = BITS == 16 ? 0 : __ldg(scales + 32 * step);
         }
-        batch.pair[step] = BITS == 16 ? 0 : __ldg(scales + min(base + 32 * step + 8 * (lane & 3) + (lane >> 2), n - 1));
+    } else if (base < n) {
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                long long token = min(base + 32 * step + 8 * j + row, n - 1);
+                load_codes(codes + token * ROW_BYTES, batch.words[step][j]);
+            }
+            batch.pair[step] = BITS == 16 ? 0 : __ldg(scales + min(base + 32 * step + mine, n - 1));
+        }
     }
 }
 

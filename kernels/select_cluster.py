@@ -27,7 +27,8 @@ def cluster_select_available(device: torch.device, capacity: int) -> bool:
     properties = torch.cuda.get_device_properties(device)
     if properties.major < 9:
         return False
-    return dynamic_bytes(capacity, 8, True) + STATIC_BYTES <= properties.shared_memory_per_block_optin
+    limit = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return dynamic_bytes(capacity, 8, True) + STATIC_BYTES <= limit
 
 
 def dynamic_bytes(capacity: int, cluster: int, sticky: bool) -> int:
