@@ -1,6 +1,6 @@
 """Label scoring and exact top-k in one kernel, on GPUs with thread block clusters (sm_90 and newer).
 
-The CUDA source is select_cluster.cu. It is compiled at first use through CuPy's
+The CUDA source is label_mma.cuh and select_cluster.cu. It is compiled at first use through CuPy's
 RawModule (the extras cuda12 and cuda13), once for each label format: call it
 once before a CUDA graph captures it. Where cluster_select_available() is False,
 scores.label_scores and topk.select_topk or sticky.sticky_topk do the same work.
@@ -101,7 +101,7 @@ def compiled(
 
 
 def build(channels: int, bits: int, group: int, sticky: bool, cluster: int) -> Any:
-    """Compile select_cluster.cu for one label format."""
+    """Compile the CUDA source for one label format."""
     import cupy
 
     words = max(1, channels * bits // 128)  # 32-bit words a lane holds of one token
@@ -119,7 +119,8 @@ def build(channels: int, bits: int, group: int, sticky: bool, cluster: int) -> A
         "RESIDENT": 2 if narrow and group <= 4 else 1,
     }
     options = ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items()))
-    source = Path(__file__).with_name("select_cluster.cu").read_text()
+    here = Path(__file__).parent
+    source = (here / "label_mma.cuh").read_text() + (here / "select_cluster.cu").read_text()
     return cupy.RawModule(code=source, options=options).get_function("select_cluster")
 
 
