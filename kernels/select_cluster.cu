@@ -11,7 +11,7 @@
 // Compile-time: CHANNELS (16, 32, 64, 128), BITS (4, 8, 16), GROUP (query heads a KV head),
 // CLUSTER (8 or 16), STICKY (0 or 1), STEPS (32-token steps a warp loads at once), PREFETCH (1: load the
 // next STEPS while scoring these), RESIDENT (CTAs an SM must be able to hold, which bounds the registers).
-// label_mma.cuh goes before this text. No includes, so that nvrtc needs no header path.
+// cluster.cuh and label_mma.cuh go before this text. No includes, so that nvrtc needs no header path.
 
 constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / 32;
@@ -34,41 +34,6 @@ struct Cut {
     unsigned key;
     int ties;
 };
-
-__device__ unsigned cta_rank() {
-    unsigned rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-__device__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-__device__ void cluster_sync() {
-    cluster_arrive();
-    cluster_wait();
-}
-
-// The address of another CTA's copy of a shared variable.
-__device__ unsigned remote_address(const void* local, unsigned rank) {
-    unsigned address;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;"
-        : "=r"(address)
-        : "r"((unsigned)__cvta_generic_to_shared(local)), "r"(rank));
-    return address;
-}
-
-__device__ unsigned remote_load(const void* local, unsigned rank) {
-    unsigned value;
-    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(remote_address(local, rank)) : "memory");
-    return value;
-}
-
-__device__ void remote_or(const void* local, unsigned rank, unsigned bits) {
-    asm volatile("red.relaxed.cluster.shared::cluster.or.b32 [%0], %1;"
-                 :
-                 : "r"(remote_address(local, rank)), "r"(bits)
-                 : "memory");
-}
 
 __device__ bool is_member(const unsigned* member_bits, int token) {
     return STICKY && (member_bits[token >> 5] >> (token & 31)) & 1;
@@ -102,19 +67,13 @@ __device__ void score_tokens(
     }
 }
 
-// Sum this CTA's slice of a round's bins over the cluster. Before it: cluster_sync(), after it too.
-__device__ void reduce_slice(Shared& shared, int round, unsigned rank) {
-    constexpr int PARTS = THREADS / SLICE;
-    int bin = threadIdx.x % SLICE, part = threadIdx.x / SLICE;
-    unsigned sum = 0;
-#pragma unroll
-    for (int i = 0; i < CLUSTER / PARTS; ++i) {
-        unsigned peer = (rank + part * (CLUSTER / PARTS) + i) % CLUSTER;
-        sum += remote_load(&shared.histogram[round][rank * SLICE + bin], peer);
+// Add this CTA's counts of a round to the totals, each bin's with the CTA that owns its slice.
+__device__ void push_histogram(Shared& shared, int round) {
+    for (int bin = threadIdx.x; bin < BINS; bin += THREADS) {  // a warp's 32 bins lie in one slice
+        unsigned count = shared.histogram[round][bin], sum = __reduce_add_sync(ALL, count);
+        if (count) remote_add(&shared.slice_total[round][bin % SLICE], bin / SLICE, count);
+        if (sum && threadIdx.x % 32 == 0) remote_add(&shared.slice_sum[round], bin / SLICE, sum);
     }
-    atomicAdd(&shared.slice_total[round][bin], sum);
-    sum = __reduce_add_sync(ALL, sum);
-    if (threadIdx.x % 32 == 0) atomicAdd(&shared.slice_sum[round], sum);
 }
 
 // Among 32 counts (one a lane, ascending digits): the lane that holds the wanted-th from the top, and
@@ -154,10 +113,12 @@ __device__ void find_digit(Shared& shared, int round, int wanted, int lane) {
 }
 
 // The cut after the `wanted` best keys of the cluster that `counts_in(i)` admits. Round 0 of the histogram
-// must be filled, the others zero. wanted is at least 1 and at most the number of such keys.
+// must be filled, the others zero. wanted is at least 1 and at most the number of such keys. Closes the
+// cluster barrier that clear_histograms() opened.
 template <class CountsIn>
-__device__ Cut find_cut(const unsigned* keys, int n, int wanted, unsigned rank, Shared& shared, CountsIn counts_in) {
+__device__ Cut find_cut(const unsigned* keys, int n, int wanted, Shared& shared, CountsIn counts_in) {
     unsigned prefix = 0;
+    cluster_wait();  // every CTA's totals are zero
     for (int round = 0; round < 3; ++round) {
         int shift = round == 0 ? 21 : round == 1 ? 10 : 0;
         if (round > 0) {
@@ -169,14 +130,14 @@ __device__ Cut find_cut(const unsigned* keys, int n, int wanted, unsigned rank, 
                     atomicAdd(&shared.histogram[round][(key >> shift) & mask], 1u);
             }
         }
-        cluster_sync();
-        reduce_slice(shared, round, rank);
+        __syncthreads();
+        push_histogram(shared, round);
         cluster_sync();
         if (threadIdx.x < 32) find_digit(shared, round, wanted, threadIdx.x);
         __syncthreads();
         prefix |= shared.cut_digit << shift;
         wanted = shared.cut_wanted;
-        // cut_digit is written again only after two cluster_sync().
+        // cut_digit is written again only after the next cluster_sync().
     }
     return {prefix, wanted};
 }
@@ -230,10 +191,12 @@ __device__ void walk(
     }
 }
 
+// Zero the counts, and open a cluster barrier: no CTA may add to the totals before all are zero.
 __device__ void clear_histograms(Shared& shared) {
     for (int i = threadIdx.x; i < 3 * BINS; i += THREADS) (&shared.histogram[0][0])[i] = 0;
     for (int i = threadIdx.x; i < 3 * SLICE; i += THREADS) (&shared.slice_total[0][0])[i] = 0;
     if (threadIdx.x < 3) shared.slice_sum[threadIdx.x] = 0;
+    cluster_arrive();
 }
 
 // Mark the previous selection in the bit maps of the cluster; returns how many of it are selectable.
@@ -264,7 +227,8 @@ __device__ void drop_others(
     unsigned* keys, int n, int entering, unsigned rank, const unsigned* member_bits, Shared& shared) {
     auto other = [&](int i) { return !is_member(member_bits, i); };
     Cut cut = {ALL, 0};
-    if (entering > 0) cut = find_cut(keys, n, entering, rank, shared, other);
+    if (entering > 0) cut = find_cut(keys, n, entering, shared, other);
+    else cluster_wait();
     walk(keys, n, cut, rank, shared, other, [&](int i, bool taken, int) {
         if (!taken && other(i)) keys[i] = 0u;
     });
@@ -290,12 +254,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         int share = (span + CLUSTER * 32 - 1) / (CLUSTER * 32) * 32;
         int first = sinks + rank * share, n = max(min(share, end - first), 0);
         unsigned *keys = dynamic, *member_bits = dynamic + share;
-        clear_histograms(shared);
         int members = 0;
         if (STICKY) {
             members = mark_members(
                 previous + row * previous_max, previous_max, sinks, end, share, rank, member_bits, shared);
         }
+        clear_histograms(shared);
         __syncthreads();
         long long place = row * capacity + first;
         score_tokens(codes + place * ROW_BYTES, scales + place, query_labels + row * GROUP * CHANNELS,
@@ -306,7 +270,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             drop_others(keys, n, min(entering, span - members), rank, member_bits, shared);
         }
         auto any = [](int) { return true; };
-        Cut cut = find_cut(keys, n, k, rank, shared, any);
+        Cut cut = find_cut(keys, n, k, shared, any);
         int* target = tokens + row * k_max;
         walk(keys, n, cut, rank, shared, any, [&](int i, bool taken, int place) {
             if (taken) target[place] = first + i;
