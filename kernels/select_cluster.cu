@@ -11,19 +11,12 @@
 // Compile-time: CHANNELS (16, 32, 64, 128), BITS (4, 8, 16), GROUP (query heads a KV head),
 // CLUSTER (8 or 16), STICKY (0 or 1), STEPS (32-token steps a warp loads at once), PREFETCH (1: load the
 // next STEPS while scoring these), RESIDENT (CTAs an SM must be able to hold, which bounds the registers).
-// No includes, so that nvrtc needs no header path.
+// cluster.cuh and label_mma.cuh go before this text. No includes, so that nvrtc needs no header path.
 
 constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / 32;
 constexpr int BINS = 2048;    // 11 bits: three rounds fix 32 bits, and 3 x 8 KB fit beside the keys
 constexpr int SLICE = BINS / CLUSTER;
-constexpr int ROW_BYTES = CHANNELS * BITS / 8;
-constexpr int LANE_BYTES = ROW_BYTES / 4;                    // a token's codes are spread over 4 lanes
-constexpr int WORDS = LANE_BYTES < 4 ? 1 : LANE_BYTES / 4;
-constexpr int UNITS = CHANNELS / 8;                          // pairs of half-precision labels a lane
-constexpr int HEAD_TILES = (GROUP + 3) / 4;                  // an mma has 8 columns: 4 heads in two parts
-constexpr unsigned ALL = 0xffffffffu;
-constexpr float LOG2E = 1.4426950408889634f;
 
 struct Shared {
     unsigned histogram[3][BINS];
@@ -42,249 +35,8 @@ struct Cut {
     int ties;
 };
 
-__device__ unsigned cta_rank() {
-    unsigned rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-__device__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-__device__ void cluster_sync() {
-    cluster_arrive();
-    cluster_wait();
-}
-
-// The address of another CTA's copy of a shared variable.
-__device__ unsigned remote_address(const void* local, unsigned rank) {
-    unsigned address;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;"
-        : "=r"(address)
-        : "r"((unsigned)__cvta_generic_to_shared(local)), "r"(rank));
-    return address;
-}
-
-__device__ unsigned remote_load(const void* local, unsigned rank) {
-    unsigned value;
-    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(remote_address(local, rank)) : "memory");
-    return value;
-}
-
-__device__ void remote_or(const void* local, unsigned rank, unsigned bits) {
-    asm volatile("red.relaxed.cluster.shared::cluster.or.b32 [%0], %1;"
-                 :
-                 : "r"(remote_address(local, rank)), "r"(bits)
-                 : "memory");
-}
-
-__device__ unsigned short to_half(float value) {
-    unsigned short bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-}
-
-__device__ float from_half(unsigned short bits) {
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
-}
-
-__device__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ float log2_fast(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// A uint32 of the same order as the float; 0 is below every number's key.
-__device__ unsigned order_key(float score) {
-    int bits = __float_as_int(score);
-    return (unsigned)(bits ^ ((bits >> 31) | 0x80000000));
-}
-
-// d[4] += a[16 tokens, 16 channels] b[16 channels, 8 columns], half precision in, float32 out.
-__device__ void multiply_add(float* d, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// This lane's share of one token's codes. Nothing writes the label cache while the kernel runs.
-__device__ void load_codes(const unsigned char* codes, unsigned* words) {
-    if constexpr (LANE_BYTES == 2) {
-        words[0] = __ldg((const unsigned short*)codes);
-    } else if constexpr (LANE_BYTES == 4) {
-        words[0] = __ldg((const unsigned*)codes);
-    } else if constexpr (LANE_BYTES == 8) {
-        uint2 v = __ldg((const uint2*)codes);
-        words[0] = v.x, words[1] = v.y;
-    } else {
-#pragma unroll
-        for (int i = 0; i < LANE_BYTES / 16; ++i) {
-            uint4 v = __ldg((const uint4*)codes + i);
-            words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
-        }
-    }
-}
-
-// Pair `unit` of this lane's labels as two half-precision numbers. A code n is left where a mask finds
-// it: as the subnormal n 2^-24, or 16 n 2^-24 for a high nibble, which the query labels make up for.
-__device__ unsigned label_pair(const unsigned* words, int unit) {
-    if constexpr (BITS == 16) return words[unit];
-    if constexpr (BITS == 8) return (words[unit / 2] >> (8 * (unit & 1))) & 0x00ff00ffu;
-    if constexpr (LANE_BYTES == 2) {
-        unsigned spread = (words[0] & 0xffu) | ((words[0] & 0xff00u) << 8);
-        return spread & (unit & 1 ? 0x00f000f0u : 0x000f000fu);
-    }
-    return (words[unit / 4] >> (8 * ((unit >> 1) & 1))) & (unit & 1 ? 0x00f000f0u : 0x000f000fu);
-}
-
-// The channel that half `half` of pair `unit` holds in quad lane `quad_lane`.
-__device__ int channel_of(int unit, int half, int quad_lane) {
-    if constexpr (BITS == 16) return quad_lane * (CHANNELS / 4) + 2 * unit + half;
-    if constexpr (BITS == 8) return quad_lane * (CHANNELS / 4) + unit / 2 * 4 + (unit & 1) + 2 * half;
-    int high = (unit & 1) * (CHANNELS / 2);
-    if constexpr (LANE_BYTES == 2) return high + 2 * quad_lane + half;
-    return high + quad_lane * LANE_BYTES + unit / 4 * 4 + ((unit >> 1) & 1) + 2 * half;
-}
-
-// What a lane keeps of the group's queries: its part of the mma's b operand, and per head (in the order
-// quad lane, ^1, ^2, ^3) the sum of its query labels and minus its offset.
-struct Query {
-    unsigned b[HEAD_TILES][UNITS];
-    float label_sum[HEAD_TILES][4];
-    float minus_offset[HEAD_TILES][4];
-    float unscale;  // undoes the scaling of b and of the codes
-};
-
-// Sums of the query labels of four heads, in the lane's order (quad lane ^ 0, 1, 2, 3).
-__device__ void sum_labels(const float* labels, int first_head, int lane, float* sums) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        sums[i] = 0.f;
-        if (first_head + i >= GROUP) continue;
-        for (int r = lane; r < CHANNELS; r += 32) sums[i] += labels[(first_head + i) * CHANNELS + r] * LOG2E;
-#pragma unroll
-        for (int step = 16; step; step >>= 1) sums[i] += __shfl_xor_sync(ALL, sums[i], step);
-    }
-    float a = sums[0], b = sums[1], c = sums[2], d = sums[3];
-    bool odd = lane & 1, upper = lane & 2;
-    float even_low = odd ? b : a, odd_low = odd ? a : b, even_high = odd ? d : c, odd_high = odd ? c : d;
-    sums[0] = upper ? even_high : even_low, sums[1] = upper ? odd_high : odd_low;
-    sums[2] = upper ? even_low : even_high, sums[3] = upper ? odd_low : odd_high;
-}
-
-// Query labels are split into two half-precision numbers (22 bits), scaled so that the largest is near 2^8.
-__device__ void load_query(const float* labels, const float* offsets, int lane, Query& query) {
-    float largest = 0.f;
-    for (int i = lane; i < GROUP * CHANNELS; i += 32) largest = fmaxf(largest, fabsf(labels[i] * LOG2E));
-    for (int i = 16; i; i >>= 1) largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, i));
-    int exponent = min(max(262 - (__float_as_int(largest) >> 23), 30), 220);
-    float scale = __int_as_float(exponent << 23);
-    query.unscale = __int_as_float((254 - exponent) << 23) * (BITS == 16 ? 1.f : 16777216.f);
-    int column = lane >> 2, quad_lane = lane & 3;
-#pragma unroll
-    for (int tile = 0; tile < HEAD_TILES; ++tile) {
-        int head = tile * 4 + (column >> 1);
-#pragma unroll
-        for (int unit = 0; unit < UNITS; ++unit) {
-            float down = BITS == 4 && (unit & 1) ? scale / 16.f : scale;
-            unsigned pair = 0;
-            for (int half = 0; half < 2 && head < GROUP; ++half) {
-                float label = labels[head * CHANNELS + channel_of(unit, half, quad_lane)] * LOG2E * down;
-                unsigned short part = to_half(label);
-                if (column & 1) part = to_half(label - from_half(part));
-                pair |= (unsigned)part << (16 * half);
-            }
-            query.b[tile][unit] = pair;
-        }
-        sum_labels(labels, tile * 4, lane, query.label_sum[tile]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            int other = tile * 4 + (quad_lane ^ i);  // -inf: no such head
-            query.minus_offset[tile][i] = other < GROUP ? -offsets[other] * LOG2E : __int_as_float(0xff800000);
-        }
-    }
-}
-
-// Row j of 4 for head `quad_lane` in, row `quad_lane` for heads quad_lane ^ {0, 1, 2, 3} out.
-__device__ void transpose_quad(float* d, int quad_lane) {
-    bool odd = quad_lane & 1, upper = quad_lane & 2;
-    float near0 = odd ? d[1] : d[0], near1 = odd ? d[3] : d[2];
-    float far0 = __shfl_xor_sync(ALL, odd ? d[0] : d[1], 1);
-    float far1 = __shfl_xor_sync(ALL, odd ? d[2] : d[3], 1);
-    d[0] = upper ? near1 : near0;
-    d[1] = upper ? far1 : far0;
-    d[2] = __shfl_xor_sync(ALL, upper ? near0 : near1, 2);
-    d[3] = __shfl_xor_sync(ALL, upper ? far0 : far1, 2);
-}
-
-// The score of token 8 (lane & 3) + lane / 4 of a 32-token step; words [4][WORDS] are rows 8 j + lane / 4.
-__device__ float score_step(const unsigned (*words)[WORDS], unsigned scale_offset, const Query& query, int lane) {
-    float scale = query.unscale, offset = 0.f;
-    if (BITS != 16) {
-        scale *= from_half((unsigned short)scale_offset);
-        offset = from_half((unsigned short)(scale_offset >> 16));
-    }
-    float x[HEAD_TILES][4], most = -3e38f;
-#pragma unroll
-    for (int tile = 0; tile < HEAD_TILES; ++tile) {
-        float dots[2][4] = {};
-#pragma unroll
-        for (int unit = 0; unit < UNITS; unit += 2) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const unsigned *low = words[2 * half], *high = words[2 * half + 1];
-                multiply_add(dots[half], label_pair(low, unit), label_pair(high, unit), label_pair(low, unit + 1),
-                             label_pair(high, unit + 1), query.b[tile][unit], query.b[tile][unit + 1]);
-            }
-        }
-        // Columns 2 h and 2 h + 1 are the two parts of head h, and quad lane h holds both.
-        float* row = x[tile];
-        row[0] = dots[0][0] + dots[0][1], row[1] = dots[0][2] + dots[0][3];
-        row[2] = dots[1][0] + dots[1][1], row[3] = dots[1][2] + dots[1][3];
-        transpose_quad(row, lane & 3);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            row[i] = scale * row[i] + (offset * query.label_sum[tile][i] + query.minus_offset[tile][i]);
-            most = fmaxf(most, row[i]);
-        }
-    }
-    float sum = 0.f;
-#pragma unroll
-    for (int tile = 0; tile < HEAD_TILES; ++tile) {  // pairs, so that the sum is the same in every quad lane
-        const float* row = x[tile];
-        sum += (exp2_fast(row[0] - most) + exp2_fast(row[1] - most)) + (exp2_fast(row[2] - most) + exp2_fast(row[3] - most));
-    }
-    return most + log2_fast(sum);
-}
-
 __device__ bool is_member(const unsigned* member_bits, int token) {
     return STICKY && (member_bits[token >> 5] >> (token & 31)) & 1;
-}
-
-// What a warp loads at once: STEPS times 32 tokens' codes and (scale, offset) pairs.
-struct Batch {
-    unsigned words[STEPS][4][WORDS], pair[STEPS];
-};
-
-// Tokens past the CTA's last repeat it, so that nothing beyond the written labels is read.
-__device__ void load_batch(
-    const unsigned char* codes, const unsigned* scales, int base, int n, int lane, Batch& batch) {
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            long long token = min(base + 32 * step + 8 * j + (lane >> 2), n - 1);
-            load_codes(codes + token * ROW_BYTES + (lane & 3) * LANE_BYTES, batch.words[step][j]);
-        }
-        batch.pair[step] = BITS == 16 ? 0 : __ldg(scales + min(base + 32 * step + 8 * (lane & 3) + (lane >> 2), n - 1));
-    }
 }
 
 // Fill keys [n] with the scores of this CTA's tokens and count their top 11 bits (members left out).
@@ -315,19 +67,13 @@ __device__ void score_tokens(
     }
 }
 
-// Sum this CTA's slice of a round's bins over the cluster. Before it: cluster_sync(), after it too.
-__device__ void reduce_slice(Shared& shared, int round, unsigned rank) {
-    constexpr int PARTS = THREADS / SLICE;
-    int bin = threadIdx.x % SLICE, part = threadIdx.x / SLICE;
-    unsigned sum = 0;
-#pragma unroll
-    for (int i = 0; i < CLUSTER / PARTS; ++i) {
-        unsigned peer = (rank + part * (CLUSTER / PARTS) + i) % CLUSTER;
-        sum += remote_load(&shared.histogram[round][rank * SLICE + bin], peer);
+// Add this CTA's counts of a round to the totals, each bin's with the CTA that owns its slice.
+__device__ void push_histogram(Shared& shared, int round) {
+    for (int bin = threadIdx.x; bin < BINS; bin += THREADS) {  // a warp's 32 bins lie in one slice
+        unsigned count = shared.histogram[round][bin], sum = __reduce_add_sync(ALL, count);
+        if (count) remote_add(&shared.slice_total[round][bin % SLICE], bin / SLICE, count);
+        if (sum && threadIdx.x % 32 == 0) remote_add(&shared.slice_sum[round], bin / SLICE, sum);
     }
-    atomicAdd(&shared.slice_total[round][bin], sum);
-    sum = __reduce_add_sync(ALL, sum);
-    if (threadIdx.x % 32 == 0) atomicAdd(&shared.slice_sum[round], sum);
 }
 
 // Among 32 counts (one a lane, ascending digits): the lane that holds the wanted-th from the top, and
@@ -367,10 +113,12 @@ __device__ void find_digit(Shared& shared, int round, int wanted, int lane) {
 }
 
 // The cut after the `wanted` best keys of the cluster that `counts_in(i)` admits. Round 0 of the histogram
-// must be filled, the others zero. wanted is at least 1 and at most the number of such keys.
+// must be filled, the others zero. wanted is at least 1 and at most the number of such keys. Closes the
+// cluster barrier that clear_histograms() opened.
 template <class CountsIn>
-__device__ Cut find_cut(const unsigned* keys, int n, int wanted, unsigned rank, Shared& shared, CountsIn counts_in) {
+__device__ Cut find_cut(const unsigned* keys, int n, int wanted, Shared& shared, CountsIn counts_in) {
     unsigned prefix = 0;
+    cluster_wait();  // every CTA's totals are zero
     for (int round = 0; round < 3; ++round) {
         int shift = round == 0 ? 21 : round == 1 ? 10 : 0;
         if (round > 0) {
@@ -382,14 +130,14 @@ __device__ Cut find_cut(const unsigned* keys, int n, int wanted, unsigned rank, 
                     atomicAdd(&shared.histogram[round][(key >> shift) & mask], 1u);
             }
         }
-        cluster_sync();
-        reduce_slice(shared, round, rank);
+        __syncthreads();
+        push_histogram(shared, round);
         cluster_sync();
         if (threadIdx.x < 32) find_digit(shared, round, wanted, threadIdx.x);
         __syncthreads();
         prefix |= shared.cut_digit << shift;
         wanted = shared.cut_wanted;
-        // cut_digit is written again only after two cluster_sync().
+        // cut_digit is written again only after the next cluster_sync().
     }
     return {prefix, wanted};
 }
@@ -443,10 +191,12 @@ __device__ void walk(
     }
 }
 
+// Zero the counts, and open a cluster barrier: no CTA may add to the totals before all are zero.
 __device__ void clear_histograms(Shared& shared) {
     for (int i = threadIdx.x; i < 3 * BINS; i += THREADS) (&shared.histogram[0][0])[i] = 0;
     for (int i = threadIdx.x; i < 3 * SLICE; i += THREADS) (&shared.slice_total[0][0])[i] = 0;
     if (threadIdx.x < 3) shared.slice_sum[threadIdx.x] = 0;
+    cluster_arrive();
 }
 
 // Mark the previous selection in the bit maps of the cluster; returns how many of it are selectable.
@@ -477,7 +227,8 @@ __device__ void drop_others(
     unsigned* keys, int n, int entering, unsigned rank, const unsigned* member_bits, Shared& shared) {
     auto other = [&](int i) { return !is_member(member_bits, i); };
     Cut cut = {ALL, 0};
-    if (entering > 0) cut = find_cut(keys, n, entering, rank, shared, other);
+    if (entering > 0) cut = find_cut(keys, n, entering, shared, other);
+    else cluster_wait();
     walk(keys, n, cut, rank, shared, other, [&](int i, bool taken, int) {
         if (!taken && other(i)) keys[i] = 0u;
     });
@@ -503,12 +254,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         int share = (span + CLUSTER * 32 - 1) / (CLUSTER * 32) * 32;
         int first = sinks + rank * share, n = max(min(share, end - first), 0);
         unsigned *keys = dynamic, *member_bits = dynamic + share;
-        clear_histograms(shared);
         int members = 0;
         if (STICKY) {
             members = mark_members(
                 previous + row * previous_max, previous_max, sinks, end, share, rank, member_bits, shared);
         }
+        clear_histograms(shared);
         __syncthreads();
         long long place = row * capacity + first;
         score_tokens(codes + place * ROW_BYTES, scales + place, query_labels + row * GROUP * CHANNELS,
@@ -519,7 +270,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             drop_others(keys, n, min(entering, span - members), rank, member_bits, shared);
         }
         auto any = [](int) { return true; };
-        Cut cut = find_cut(keys, n, k, rank, shared, any);
+        Cut cut = find_cut(keys, n, k, shared, any);
         int* target = tokens + row * k_max;
         walk(keys, n, cut, rank, shared, any, [&](int i, bool taken, int place) {
             if (taken) target[place] = first + i;

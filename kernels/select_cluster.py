@@ -1,8 +1,8 @@
 """Label scoring and exact top-k in one kernel, on GPUs with thread block clusters (sm_90 and newer).
 
-The CUDA source is select_cluster.cu. It is compiled at first use through CuPy's
-RawModule (the extras cuda12 and cuda13), once for each label format: call it
-once before a CUDA graph captures it. Where cluster_select_available() is False,
+The CUDA source is compiled at first use through CuPy's RawModule (the extras
+cuda12 and cuda13), once for each label format: call it once before a CUDA graph
+captures it. Where cluster_select_available() is False,
 scores.label_scores and topk.select_topk or sticky.sticky_topk do the same work.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+SOURCES = ("cluster.cuh", "label_mma.cuh", "select_cluster.cu")  # one text, in this order
 THREADS = 512  # as in select_cluster.cu
 NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14  # CUfunction_attribute of cuda.h
 STATIC_BYTES = 28 * 1024  # struct Shared, at most (8 CTAs: 27,808 bytes by ptxas)
@@ -27,7 +28,9 @@ def cluster_select_available(device: torch.device, capacity: int) -> bool:
     properties = torch.cuda.get_device_properties(device)
     if properties.major < 9:
         return False
-    return dynamic_bytes(capacity, 8, True) + STATIC_BYTES <= properties.shared_memory_per_block_optin
+    largest = 16 if properties.major in (9, 10) else 8  # sm_120 has no clusters of 16
+    limit = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return dynamic_bytes(capacity, largest, True) + STATIC_BYTES <= limit
 
 
 def dynamic_bytes(capacity: int, cluster: int, sticky: bool) -> int:
@@ -100,7 +103,7 @@ def compiled(
 
 
 def build(channels: int, bits: int, group: int, sticky: bool, cluster: int) -> Any:
-    """Compile select_cluster.cu for one label format."""
+    """Compile the CUDA source for one label format."""
     import cupy
 
     words = max(1, channels * bits // 128)  # 32-bit words a lane holds of one token
@@ -118,7 +121,7 @@ def build(channels: int, bits: int, group: int, sticky: bool, cluster: int) -> A
         "RESIDENT": 2 if narrow and group <= 4 else 1,
     }
     options = ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items()))
-    source = Path(__file__).with_name("select_cluster.cu").read_text()
+    source = "".join(Path(__file__).with_name(name).read_text() for name in SOURCES)
     return cupy.RawModule(code=source, options=options).get_function("select_cluster")
 
 
