@@ -114,6 +114,6 @@ def streaming_step_ms(adapter: ModelAdapter, ctx: int, batch: int) -> float | No
     with adapter.handled_by([handler_for(index) for index in range(len(host))]):
         result = median_ms(lambda: forward(adapter, tokens, ctx - 1), STREAMING_STEPS)
     torch.cuda.synchronize()
-    del buffers, source, host
-    torch.cuda.empty_cache()
+    buffers.clear()
+    host.clear()
     return result

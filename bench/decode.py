@@ -26,7 +26,9 @@ from offload_runtime.adapter import ModelAdapter
 GB = 1e9
 
 
-def measure(adapter: ModelAdapter, config: RuntimeConfig, batch: int, overlap: float | None, steps: int) -> dict[str, Any]:
+def measure(
+    adapter: ModelAdapter, config: RuntimeConfig, batch: int, overlap: float | None, steps: int
+) -> dict[str, Any]:
     """Median step time of one setting, and what its steps moved."""
     session = DrivenSession(adapter, config, batch, overlap)
     session.fill()
@@ -84,7 +86,9 @@ def main() -> None:
     parser.add_argument("--ctx", type=int, default=262144)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--settings", nargs="+", default=["2048:correct", "2048:predict", "2048:off", "1/16:correct"])
+    parser.add_argument(
+        "--settings", nargs="+", default=["2048:correct", "2048:predict", "2048:off", "1/16:correct"]
+    )
     parser.add_argument("--baselines", nargs="*", default=["dense", "streaming"])
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -96,7 +100,10 @@ def main() -> None:
     baselines = {"dense": dense_step_ms, "streaming": streaming_step_ms}
     with torch.no_grad():
         for name in options.baselines:
-            line: dict[str, Any] = {"what": name, "tpot_ms": baselines[name](adapter, options.ctx, options.batch)}
+            line: dict[str, Any] = {
+                "what": name,
+                "tpot_ms": baselines[name](adapter, options.ctx, options.batch),
+            }
             report["results"].append(line)
             print(json.dumps(line), flush=True)
         for text in options.settings:

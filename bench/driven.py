@@ -22,7 +22,9 @@ class DrivenSession(Session):
 
     settle_steps = 6  # compile, capture, and let the resident set reach its steady state
 
-    def __init__(self, adapter: ModelAdapter, config: RuntimeConfig, batch: int, overlap: float | None) -> None:
+    def __init__(
+        self, adapter: ModelAdapter, config: RuntimeConfig, batch: int, overlap: float | None
+    ) -> None:
         super().__init__(adapter, config, None, batch, config.ctx)
         self.overlap = overlap
         layout, device = self.layout, adapter.device
@@ -64,7 +66,9 @@ class DrivenSession(Session):
                 cache.labels.write(keys, cache.maps, starts)
                 for b in range(layout.batch):
                     for h in range(layout.kv_heads):
-                        cache.host.rows[b, h, start : start + count].copy_(rows[b, h, :count], non_blocking=True)
+                        cache.host.rows[b, h, start : start + count].copy_(
+                            rows[b, h, :count], non_blocking=True
+                        )
         room = 512  # steps that a benchmark may take
         self.state.lengths.fill_(layout.capacity - room)
         self.state.budgets.fill_(self.config.budget_tokens(layout.capacity))

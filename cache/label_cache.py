@@ -48,6 +48,4 @@ class LabelCache:
     def write(self, keys: torch.Tensor, maps: LabelMaps, starts: torch.Tensor, first: int = 0) -> None:
         """Label keys [b, Hkv, T, D] of the sequences first..first+b, each from its position in starts [b]."""
         span = slice(first, first + keys.shape[0])
-        make_labels(
-            keys, maps.key_map, maps.key_mean, starts, self.codes[span], self.scales[span], self.bits
-        )
+        make_labels(keys, maps.key_map, maps.key_mean, starts, self.codes[span], self.scales[span], self.bits)

@@ -69,9 +69,7 @@ class LayerCache:
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store the current token: key and value [B, Hkv, D] to slots and host, its label to the cache."""
         lengths, resident = self.state.lengths, self.resident
-        append_rows(
-            key, value, lengths, resident.slots, resident.sinks, resident.recent, self.host.rows
-        )
+        append_rows(key, value, lengths, resident.slots, resident.sinks, resident.recent, self.host.rows)
         self.labels.write(key[:, :, None], self.maps, self.state.positions)  # [B, Hkv, 1, D]
 
     def select(

@@ -18,7 +18,9 @@ class ResidentSet:
         heads = (layout.batch, layout.kv_heads)
         self.sinks, self.recent = layout.sinks, layout.recent
         self.slots = torch.empty(
-            (*heads, layout.fixed_slots + layout.slots, layout.row_elements), dtype=layout.dtype, device=device
+            (*heads, layout.fixed_slots + layout.slots, layout.row_elements),
+            dtype=layout.dtype,
+            device=device,
         )
 
         def integers(size: int, value: int) -> torch.Tensor:

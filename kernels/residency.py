@@ -150,9 +150,9 @@ def resolve_kernel(
 
     tl.store(hand + row, (last + 1) % n_slots)
     tl.store(miss_counts + row, misses)
-    tl.atomic_add(counters + PHASE * 3 + 0, count.to(tl.int64))
-    tl.atomic_add(counters + PHASE * 3 + 1, (count - misses).to(tl.int64))
-    tl.atomic_add(counters + PHASE * 3 + 2, tl.cast(predicted, tl.int64))
+    tl.atomic_add(counters + PHASE * 3 + 0, count.to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters + PHASE * 3 + 1, (count - misses).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters + PHASE * 3 + 2, tl.cast(predicted, tl.int64), sem="relaxed")
 
 
 def resolve(

@@ -92,7 +92,7 @@ class ModelAdapter:
                 "of blocks with a `self_attn`"
             )
         self.layers: Sequence[nn.Module] = list(layers)
-        self.attentions = [layer.self_attn for layer in self.layers]
+        self.attentions: list[Any] = [layer.self_attn for layer in self.layers]
         self.final_norm: nn.Module = self.base.norm
         config = model.config.get_text_config(decoder=True)
         self.query_heads: int = config.num_attention_heads

@@ -90,7 +90,8 @@ class OffloadedModel:
         if dtype is None:
             dtype = "auto" if place.type == "cuda" else torch.float32
         source = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **source).to(place)
+        model: Any = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **source)
+        model.to(place)
         file = Path(name_or_path) / CALIBRATION_FILE
         calibration = Calibration.load(file) if config.calibration is None and file.is_file() else None
         return cls(model, config, load_tokenizer(name_or_path, source), calibration)
@@ -222,9 +223,7 @@ def load_tokenizer(name_or_path: str | Path, source: dict[str, Any]) -> Any:
         return None
 
 
-def check_calibration(
-    calibration: Calibration | None, config: RuntimeConfig, model: PreTrainedModel
-) -> None:
+def check_calibration(calibration: Calibration | None, config: RuntimeConfig, model: PreTrainedModel) -> None:
     """UserError when the calibration is another model's or has another number of label channels."""
     if calibration is None:
         return

@@ -7,7 +7,7 @@ criteria); this decides nothing about sampling beyond what its `_sample` does.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -91,7 +91,9 @@ class Sequences:
         logits = logits.to(torch.float32, copy=True)
         if self.logits is not None:
             self.logits.append(logits)
-        scores = processors(self.ids[:, : self.length], logits)
+        scores = processors(
+            cast(torch.LongTensor, self.ids[:, : self.length]), cast(torch.FloatTensor, logits)
+        )
         if self.scores is not None:
             self.scores.append(scores)
         if self.config.do_sample:
@@ -117,7 +119,8 @@ class Sequences:
             return ids
         scores = None if self.scores is None else tuple(self.scores)
         logits = None if self.logits is None else tuple(self.logits)
-        return GenerateDecoderOnlyOutput(sequences=ids, scores=scores, logits=logits)
+        parts: dict[str, Any] = {"sequences": ids, "scores": scores, "logits": logits}
+        return GenerateDecoderOnlyOutput(**parts)
 
 
 def strip_padding(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[torch.Tensor]:

@@ -39,7 +39,7 @@ class PrefillRun:
         self_calibrate: int | None,
         on_progress: Progress | None,
     ) -> None:
-        """total: tokens of the sequence; self_calibrate: label channels to calibrate for, None to keep maps."""
+        """total: tokens of the sequence; self_calibrate: label channels to calibrate, None to keep maps."""
         self.adapter, self.caches, self.sequence = adapter, caches, sequence
         self.total, self.kept, self.self_calibrate = total, kept, self_calibrate
         device = adapter.device
@@ -152,4 +152,3 @@ def take_tokens(value: Any, tokens: int, span: slice) -> Any:
     index = [slice(None)] * value.dim()
     index[list(value.shape).index(tokens)] = span
     return value[tuple(index)]
-

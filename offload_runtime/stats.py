@@ -29,9 +29,7 @@ def layer_stats(cache: LayerCache, attends_predicted: bool) -> dict[str, Any]:
         "misses": missed,
         "prefetched": prefetched,
         "bytes": (missed + prefetched) * cache.layout.row_bytes,
-        "recall": phase[FROM_PREDICTION] / phase[SELECTED]
-        if has_prediction and phase[SELECTED]
-        else None,
+        "recall": phase[FROM_PREDICTION] / phase[SELECTED] if has_prediction and phase[SELECTED] else None,
     }
 
 

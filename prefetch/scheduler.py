@@ -91,7 +91,11 @@ class Prefetcher:
     def _predict(self, target: int, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
         """Select for layer `target` by its predicted query and give the missing rows slots."""
         query, scale = self.predict_query(target, hidden, arguments)
-        cache, prediction, work = self.caches[target], self.predictions[target % 2], self.side_works[target % 2]
+        cache, prediction, work = (
+            self.caches[target],
+            self.predictions[target % 2],
+            self.side_works[target % 2],
+        )
         cache.select(query, scale, prediction, work, predicted=True)
         cache.resolve(prediction, work, PREDICTED)
 

@@ -35,7 +35,9 @@ def random_llama(
     return LlamaForCausalLM(config).eval().to(device=device, dtype=dtype)
 
 
-def random_ids(length: int, batch: int = 1, seed: int = 0, device: torch.device | str = "cpu") -> torch.Tensor:
+def random_ids(
+    length: int, batch: int = 1, seed: int = 0, device: torch.device | str = "cpu"
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (batch, length), generator=generator).to(device)
 
@@ -46,9 +48,16 @@ def offloaded(model: PreTrainedModel, **settings: object) -> OffloadedModel:
     return OffloadedModel(model, RuntimeConfig(**small))
 
 
-def logits_of(generate, ids: torch.Tensor, new_tokens: int, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+def logits_of(
+    generate, ids: torch.Tensor, new_tokens: int, **kwargs: object
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy output ids [B, T + new] and logits [new, B, V] of transformers' or the runtime's generate."""
     out = generate(
-        ids, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True, output_logits=True, **kwargs
+        ids,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **kwargs,
     )
     return out.sequences, torch.stack(out.logits).float()

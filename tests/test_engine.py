@@ -10,7 +10,7 @@ NEW_TOKENS = 6
 LENGTHS = [1, 4, 5, 19, 20, 21, 63, 64, 65, 127, 129, 1000]
 
 
-@pytest.mark.parametrize("query_heads,kv_heads,head_dim", [(2, 2, 64), (4, 1, 128), (8, 1, 64)])
+@pytest.mark.parametrize(("query_heads", "kv_heads", "head_dim"), [(2, 2, 64), (4, 1, 128), (8, 1, 64)])
 def test_full_budget_equals_transformers(device, query_heads, kv_heads, head_dim):
     model = random_llama(query_heads, kv_heads, head_dim, device=device)
     ids = random_ids(200, device=device)
@@ -121,7 +121,11 @@ def test_conversation_resumes_from_the_cache(device, length):
     longer = torch.cat([turn, random_ids(30, seed=9, device=device)], 1)
     seen = []
     again = talk.generate(
-        longer, max_new_tokens=NEW_TOKENS, do_sample=False, resume=True, on_prefill=lambda d, t: seen.append(t)
+        longer,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        resume=True,
+        on_prefill=lambda d, t: seen.append(t),
     )
     fresh = model.generate(longer, max_new_tokens=NEW_TOKENS, do_sample=False)
     assert torch.equal(again, fresh)

@@ -21,8 +21,8 @@ def test_rms_norm(device, width, dtype):
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("heads,kv_heads", [(4, 4), (8, 2), (7, 1)])
-@pytest.mark.parametrize("batch,tokens", [(1, 1), (3, 1), (2, 5)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (7, 1)])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 1), (2, 5)])
 @pytest.mark.parametrize("dim", [64, 80, 128])
 def test_rotary(device, heads, kv_heads, batch, tokens, dim):
     torch.manual_seed(0)
