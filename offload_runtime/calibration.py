@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 
 from .calibration_maps import METHODS, calibrate_layer, label_maps
 from .errors import RunError, UserError
@@ -59,9 +59,9 @@ class Calibration:
         target = Path(path)
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         try:
-            save_file(tensors, partial, metadata)
+            partial.write_bytes(to_bytes(tensors, metadata))
             os.replace(partial, target)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise RunError(f"cannot write calibration {target}: {error}") from error
         finally:
             partial.unlink(missing_ok=True)
