@@ -5,7 +5,6 @@ from typing import Any
 import torch
 
 from offload_runtime.adapter import ModelAdapter
-from offload_runtime.cache.label_cache import LabelMaps
 from offload_runtime.config import RuntimeConfig
 from offload_runtime.kernels.residency import HITS, SELECTED
 from offload_runtime.session import Session
@@ -51,21 +50,18 @@ class DrivenSession(Session):
         """Random rows in host memory, labels of random keys, lengths just short of capacity."""
         layout, device = self.layout, self.adapter.device
         heads = (layout.batch, layout.kv_heads)
-        eye = torch.eye(layout.head_dim, device=device)[: layout.label_channels].contiguous()
-        maps = LabelMaps(
-            eye.expand(layout.query_heads, -1, -1).contiguous(),
-            eye.expand(layout.kv_heads, -1, -1).contiguous(),
-            torch.zeros(layout.kv_heads, layout.head_dim, device=device),
-        )
+        eye = torch.eye(layout.head_dim, device=device)[: layout.label_channels]
+        expand = (eye.expand(layout.query_heads, -1, -1), eye.expand(layout.kv_heads, -1, -1))
+        mean = torch.zeros(layout.kv_heads, layout.head_dim, device=device)
         rows = torch.randn(*heads, FILL_TOKENS, layout.row_elements, device=device, dtype=layout.dtype)
         for cache in self.caches:
-            cache.maps = maps
+            cache.maps.set(*expand, mean)
             cache.resident.slots[:, :, : layout.fixed_slots] = rows[:, :, : layout.fixed_slots]
             for start in range(0, layout.capacity, FILL_TOKENS):
                 count = min(FILL_TOKENS, layout.capacity - start)
                 keys = torch.randn(*heads, count, layout.head_dim, device=device, dtype=layout.dtype)
                 starts = torch.full((layout.batch,), start, dtype=torch.int32, device=device)
-                cache.labels.write(keys, maps, starts)
+                cache.labels.write(keys, cache.maps, starts)
                 for b in range(layout.batch):
                     for h in range(layout.kv_heads):
                         cache.host.rows[b, h, start : start + count].copy_(rows[b, h, :count], non_blocking=True)

@@ -36,15 +36,18 @@ Maps = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # query_map, key_map, ke
 
 @dataclass
 class LayerSample:
-    """Queries [P, Hq, D] at lengths [P], keys [Hkv, T, D], attention [P, Hq, T]; lse [P, Hq] over all keys."""
+    """One layer's all_queries [Hq, T, D] and keys [Hkv, T, D]; sampled are the queries at lengths [P] - 1.
 
-    queries: torch.Tensor
+    From them: queries [P, Hq, D], attention [P, Hq, T] and lse [P, Hq] over all keys.
+    """
+
+    all_queries: torch.Tensor
     keys: torch.Tensor
-    first: tuple[torch.Tensor, torch.Tensor]  # queries [Hq, t, D] and keys [Hkv, t, D] of the first tokens
     lengths: torch.Tensor
     scale: float
 
     def __post_init__(self) -> None:
+        self.queries = self.all_queries[:, self.lengths.long() - 1].transpose(0, 1).contiguous()
         group = self.queries.shape[1] // self.keys.shape[0]
         logits = torch.einsum("phd,htd->pht", self.queries, self.keys.repeat_interleave(group, 0)) * self.scale
         hidden = torch.arange(self.keys.shape[1]) >= self.lengths[:, None]
@@ -54,20 +57,18 @@ class LayerSample:
 
 
 @torch.no_grad()
-def sample_layers(adapter: ModelAdapter, token_ids: torch.Tensor) -> list[LayerSample]:
-    """Run a held-out text [T] and keep what decoding the last quarter of it would look up."""
+def sample_layers(adapter: ModelAdapter, token_ids: torch.Tensor, positions: torch.Tensor) -> list[LayerSample]:
+    """Run a held-out text [T] at positions [T] and keep what decoding its last quarter would look up."""
     tokens = len(token_ids)
     places = torch.linspace(tokens * 3 // 4, tokens - 1, QUERIES).long()
     samples: list[LayerSample] = []
 
     def handle(call: AttentionCall) -> torch.Tensor:
-        queries, keys = call.query[0].float(), call.key[0].float()
-        first = queries[:, : tokens // 2].clone(), keys[:, : tokens // 2].clone()
-        samples.append(LayerSample(queries[:, places].transpose(0, 1), keys, first, places.int() + 1, call.scale))
+        samples.append(LayerSample(call.query[0].float(), call.key[0].float(), places.int() + 1, call.scale))
         return attend(call)
 
     with adapter.handled_by([handle] * len(adapter.layers)):
-        adapter.base(input_ids=token_ids[None], use_cache=False)
+        adapter.base(input_ids=token_ids[None], position_ids=positions[None], use_cache=False)
     return samples
 
 
@@ -181,7 +182,9 @@ LABELS = (
 )
 
 
-def table(samples: list[LayerSample], moments: list[LayerMoments]) -> dict[str, Any]:
+def table(
+    samples: list[LayerSample], moments: list[LayerMoments], own: dict[tuple[int, str], list[Maps]]
+) -> dict[str, Any]:
     """All measurements of one model."""
     runtime = "sum, local normaliser"
     exact = [identity_maps(sample) for sample in samples]
@@ -211,16 +214,35 @@ def table(samples: list[LayerSample], moments: list[LayerMoments]) -> dict[str, 
             f"{r} x {bits} bit": measure(samples, [unrotated(m) for m in projected[r]], bits, runtime)
             for r in (32, 64) for bits in (8, 4)
         },
-        "calibrated on the first tokens of the same text, projection 32 x 4 bit": {
-            str(tokens): measure(samples, first_tokens_maps(samples, tokens, 32), 4, runtime)
-            for tokens in (64, 256, 1024, samples[0].first[0].shape[1])
+        "calibrated on the first tokens of the prompt, projection 32 x 4 bit": {
+            f"{tokens} tokens, {how}": measure(samples, maps, 4, runtime) for (tokens, how), maps in own.items()
         },
     }  # fmt: skip
 
 
-def first_tokens_maps(samples: list[LayerSample], tokens: int, channels: int) -> list[Maps]:
-    """What prefill makes for itself when there is no calibration file."""
-    return [calibrate_layer(s.first[0][:, :tokens], s.first[1][:, :tokens], channels) for s in samples]
+def own_maps(
+    adapter: ModelAdapter, token_ids: torch.Tensor, samples: list[LayerSample]
+) -> dict[tuple[int, str], list[Maps]]:
+    """What a model without a file can make from the first tokens of a prompt.
+
+    At their own positions, or turned to positions drawn from the model's whole range.
+    """
+    maps = {}
+    for tokens in (64, 256, 1024, 4096):
+        maps[tokens, "own positions"] = [
+            calibrate_layer(s.all_queries[:, :tokens], s.keys[:, :tokens], 32) for s in samples
+        ]
+        turned = collect(adapter, [token_ids[:tokens]], adapter.trained_positions, seed=0)
+        maps[tokens, "all positions"] = [m.maps(32, "projection") for m in turned.layer_moments()]
+    return maps
+
+
+def spread_positions(tokens: int, span: int) -> torch.Tensor:
+    """Positions [tokens] that reach `span` by gaps of random size between stretches of 512 tokens."""
+    stretch = torch.arange(tokens) // 512
+    generator = torch.Generator().manual_seed(0)
+    ends = torch.rand(int(stretch[-1]) + 1, generator=generator).cumsum(0)
+    return torch.arange(tokens) + ((ends - ends[0]) / (ends[-1] - ends[0]) * (span - tokens))[stretch].long()
 
 
 def load(directory: str) -> tuple[ModelAdapter, Any]:
@@ -250,7 +272,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             for row in rows:
                 panel.annotate(row["channels"], (row["bytes"], row["mass"]), (3, 4), textcoords="offset points", fontsize=7)
         panel.axhline(result["exact"]["mass"], color="grey", ls="--", label="exact scores")
-        panel.set(xscale="log", xlabel="label bytes a key", ylabel="attention mass found", title=f"{name}, N = {result['tokens']}")
+        panel.set(xscale="log", xlabel="label bytes a key", ylabel="attention mass found", title=f"{name}: N {result['tokens']:,}, {result['positions']:,} positions")
         panel.set_xticks([8, 16, 32, 64, 128], ["8", "16", "32", "64", "128"])
         panel.legend(fontsize=8)
     figure.suptitle("One selection of N/16 keys per KV head; numbers are R")
@@ -265,23 +287,27 @@ def main() -> None:
     parser.add_argument("--calibrate", required=True, help="text to calibrate on")
     parser.add_argument("--test", required=True, help="another text to measure on")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of the test text")
+    parser.add_argument("--span", type=int, help="stretch the test text over this many positions by gaps")
     parser.add_argument("--calibration-tokens", type=int, default=16384)
     arguments = parser.parse_args()
     adapter, tokenizer = load(arguments.model)
     prefix = torch.tensor(tokenizer("").input_ids, dtype=torch.long)
     ids = read_tokens(tokenizer, arguments.calibrate)
     positions = adapter.trained_positions
-    blocks = make_blocks(ids, prefix, arguments.calibration_tokens, min(4096, positions), positions, seed=0)
-    collection = collect(adapter, blocks)
+    blocks = make_blocks(ids, prefix, arguments.calibration_tokens, 4096, seed=0)
+    collection = collect(adapter, blocks, positions, seed=0)
     test_ids = read_tokens(tokenizer, arguments.test)
     start = len(test_ids) // 3
-    samples = sample_layers(adapter, torch.cat([prefix, test_ids[start : start + arguments.tokens - len(prefix)]]))
+    test_ids = torch.cat([prefix, test_ids[start : start + arguments.tokens - len(prefix)]])
+    places = spread_positions(len(test_ids), arguments.span or len(test_ids))
+    samples = sample_layers(adapter, test_ids, places)
     result = {
         "tokens": arguments.tokens,
+        "positions": int(places[-1]) + 1,
         "calibration": f"{arguments.calibration_tokens} tokens of {Path(arguments.calibrate).name}",
         "test": Path(arguments.test).name,
         "prediction recall by layer": [round(r, 3) for r in collection.mean_recalls()],
-        **table(samples, collection.layer_moments()),
+        **table(samples, collection.layer_moments(), own_maps(adapter, test_ids, samples)),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()} CPU",
     }
     RESULTS.mkdir(exist_ok=True)
@@ -290,7 +316,6 @@ def main() -> None:
     results[arguments.name] = result
     file.write_text(json.dumps(results, indent=2) + "\n")
     draw(results, RESULTS / "labels.png")
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

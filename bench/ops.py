@@ -90,10 +90,10 @@ def bench_scores(shape: Shape, bits: int, channels: int, sweep: bool):
     options = [
         {"block_bytes": 4096},
         {"program_tokens": 1024},
-        {"program_tokens": 4096},
+        {"program_tokens": 2048},
         {"num_stages": 3},
         {"num_stages": 6},
-        {"num_warps": 8, "program_tokens": 4096},
+        {"num_warps": 8},
     ]
     rest = (shape.lengths(), shape.sinks, shape.recent)
     for name, op in configs(label_scores, label_scores_triton, sweep, options):
@@ -190,7 +190,10 @@ def bench_query_labels(shape: Shape, sweep: bool):
     slots = torch.zeros(b, h, shape.sinks + shape.recent, 2 * d, dtype=torch.bfloat16, device="cuda")
     args = (query, query_map, key_mean, slots, shape.lengths(), shape.sinks, shape.recent, d**-0.5, True)
     for name, op in configs(
-        query_labels, query_labels_triton, sweep, [{"num_warps": 8}, {"block_rows": 32}, {"block_rows": 128}]
+        query_labels,
+        query_labels_triton,
+        sweep,
+        [{"num_warps": 8}, {"block_rows": 32}, {"block_channels": 32}],
     ):
         calls: Calls = [lambda op=op: op(*args)] * LAYERS
         yield Timing("query_labels", name, 0, ""), calls

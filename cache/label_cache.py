@@ -1,20 +1,36 @@
 """The label cache of one layer: R numbers of every key, on the GPU."""
 
-from dataclasses import dataclass
-
 import torch
 
 from ..kernels.labels import code_width, make_labels
 from .layout import KVLayout
 
 
-@dataclass
 class LabelMaps:
-    """How keys and queries become labels: label = key_map (k - key_mean), query label = query_map q."""
+    """How keys and queries become labels: label = key_map (k - key_mean), query label = query_map q.
 
-    query_map: torch.Tensor  # [Hq, R, D] float32
-    key_map: torch.Tensor  # [Hkv, R, D] float32
-    key_mean: torch.Tensor  # [Hkv, D] float32
+    The tensors stay where they are for the life of a cache, because captured
+    CUDA graphs read them; `set` changes what they hold.
+    """
+
+    def __init__(self, layout: KVLayout, device: torch.device) -> None:
+        width, dim = layout.label_channels, layout.head_dim
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+
+        self.query_map = zeros(layout.query_heads, width, dim)
+        self.key_map = zeros(layout.kv_heads, width, dim)
+        self.key_mean = zeros(layout.kv_heads, dim)
+
+    def set(self, query_map: torch.Tensor, key_map: torch.Tensor, key_mean: torch.Tensor) -> None:
+        """Take over maps [Hq, R, D] and [Hkv, R, D] and the mean [Hkv, D]; channels past R stay zero."""
+        self.query_map.zero_()[:, : query_map.shape[1]] = query_map
+        self.key_map.zero_()[:, : key_map.shape[1]] = key_map
+        self.key_mean.copy_(key_mean)
+
+    def copy_from(self, other: "LabelMaps") -> None:
+        self.set(other.query_map, other.key_map, other.key_mean)
 
 
 class LabelCache:

@@ -1,4 +1,4 @@
-"""One layer's cache: append, select, fetch, attend. The path of a row in four verbs."""
+"""One layer's cache: append, select, resolve, gather, attend. The path of a row in five verbs."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from ..kernels.gather import gather_rows
 from ..kernels.query_labels import query_labels
 from ..kernels.residency import resolve
 from ..kernels.scores import label_scores
+from ..kernels.select_cluster import cluster_select_available, select_by_labels_cluster
 from ..kernels.sparse_decode import sparse_attention
 from ..kernels.sticky import sticky_topk
 from ..kernels.topk import select_topk
@@ -27,8 +28,15 @@ class BatchState:
     """What changes from step to step, in GPU memory, shared by all layers."""
 
     lengths: torch.Tensor  # [B] int32: tokens, the current one included
+    positions: torch.Tensor  # [B] int32: the current token's, lengths - 1
     budgets: torch.Tensor  # [B] int32: K of each sequence
     step: torch.Tensor  # [1] int32: decode steps since the caches were cleared
+
+    def advance(self) -> None:
+        """Make room for one more token in every sequence."""
+        self.positions.copy_(self.lengths)
+        self.lengths.add_(1)
+        self.step.add_(1)
 
 
 class LayerCache:
@@ -46,8 +54,9 @@ class LayerCache:
         self.host = HostRows(layout, device.type == "cuda", allocator)
         self.labels = LabelCache(layout, device)
         self.resident = ResidentSet(layout, device)
-        self.maps: LabelMaps | None = None
+        self.maps = LabelMaps(layout, device)
         self.previous = Selection(layout, device) if new_rows is not None else None
+        self.one_kernel = cluster_select_available(device, layout.capacity)
         self.counters = torch.zeros(2, 3, dtype=torch.int64, device=device)
 
     def clear(self) -> None:
@@ -63,37 +72,43 @@ class LayerCache:
         append_rows(
             key, value, lengths, resident.slots, resident.sinks, resident.recent, self.host.rows
         )
-        assert self.maps is not None, "prefill sets the label maps"
-        self.labels.write(key[:, :, None], self.maps, lengths - 1)  # [B, Hkv, 1, D]
+        self.labels.write(key[:, :, None], self.maps, self.state.positions)  # [B, Hkv, 1, D]
 
     def select(
         self, query: torch.Tensor, scale: float, selection: Selection, work: Workspace, predicted: bool
     ) -> None:
         """Choose each KV head's tokens for query [B, Hq, D] by label score."""
         state, resident, maps = self.state, self.resident, self.maps
-        assert maps is not None, "prefill sets the label maps"
         fixed = (resident.sinks, resident.recent)
         labels, offsets = query_labels(
             query, maps.query_map, maps.key_mean, resident.slots, state.lengths, *fixed, scale, not predicted
         )
-        cache = self.labels
-        label_scores(
-            labels, offsets, cache.codes, cache.scales, cache.bits, state.lengths, *fixed, work.scores
-        )
-        chosen = (selection.tokens, selection.counts)
+        cache, chosen = self.labels, (selection.tokens, selection.counts)
+        label_arguments = (labels, offsets, cache.codes, cache.scales, cache.bits)
+        if self.one_kernel:
+            before = None if self.previous is None else self.previous.tokens
+            select_by_labels_cluster(
+                *label_arguments, state.budgets, state.lengths, *fixed, *chosen, before, self.new_rows or 0
+            )
+            return
+        label_scores(*label_arguments, state.lengths, *fixed, work.scores)
         if self.previous is None:
             select_topk(work.scores, state.budgets, state.lengths, *fixed, *chosen)
         else:
-            before = (self.previous.tokens, self.previous.counts)
-            assert self.new_rows is not None
             sticky_topk(
-                work.scores, state.budgets, self.new_rows, state.lengths, *fixed, *before, *chosen
+                work.scores,
+                state.budgets,
+                self.new_rows or 0,
+                state.lengths,
+                *fixed,
+                self.previous.tokens,
+                self.previous.counts,
+                *chosen,
             )
 
-    def fetch(self, selection: Selection, work: Workspace, phase: int) -> None:
-        """Bring the selected rows that are not resident from host memory into free slots."""
+    def resolve(self, selection: Selection, work: Workspace, phase: int) -> None:
+        """Find the selected rows that are not resident and give them slots; gather() fills those."""
         resident = self.resident
-        misses = (work.miss_tokens, work.miss_slots, work.miss_counts)
         resolve(
             selection.tokens,
             selection.counts,
@@ -103,10 +118,16 @@ class LayerCache:
             resident.hand,
             self.state.step,
             phase,
-            *misses,
+            work.miss_tokens,
+            work.miss_slots,
+            work.miss_counts,
             self.counters,
         )
-        gather_rows(self.host.rows, *misses, resident.slots, self.layout.fixed_slots)
+
+    def gather(self, work: Workspace) -> None:
+        """Bring the rows that resolve() listed from host memory into their slots."""
+        misses = (work.miss_tokens, work.miss_slots, work.miss_counts)
+        gather_rows(self.host.rows, *misses, self.resident.slots, self.layout.fixed_slots)
 
     def keep(self, selection: Selection) -> None:
         """Remember the selection that was attended to: the next sticky selection starts from it."""

@@ -74,11 +74,11 @@ class KVLayout:
 
     @property
     def workspace_bytes(self) -> int:
-        """GPU bytes shared by all layers: two workspaces (scores, miss lists) and three selections."""
+        """GPU bytes shared by all layers: three workspaces (scores, miss lists) and three selections."""
         miss_lists = self.heads * (2 * self.budget + 1) * INT32_BYTES
         scores = self.heads * self.capacity * SCORE_BYTES
         selection = (self.heads * self.budget + self.batch) * INT32_BYTES
-        return 2 * (scores + miss_lists) + 3 * selection
+        return 3 * (scores + miss_lists) + 3 * selection
 
     @property
     def gpu_bytes(self) -> int:

@@ -14,6 +14,7 @@ class Selection:
         self.counts = torch.zeros(layout.batch, dtype=torch.int32, device=device)
 
     def clear(self) -> None:
+        self.tokens.fill_(-1)
         self.counts.zero_()
 
     def copy_from(self, other: "Selection") -> None:

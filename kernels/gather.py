@@ -58,7 +58,7 @@ def gather_rows_triton(
 
     32 programs of 4 warps reach the limit of a PCIe 5 x16 link, 16 do not and
     more only take SMs from the model (measured, H100). 32 x 8 KiB = 256 KiB in
-    flight, twice what 50 GB/s x 2 us of latency needs. Consecutive programs
+    flight, more than twice what 50 GB/s x 2 us of latency needs. Consecutive programs
     take consecutive blocks of a head, so host memory is walked forwards.
     """
     batch, kv_heads, budget = miss_tokens.shape

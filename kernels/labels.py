@@ -105,11 +105,13 @@ def make_labels_triton(
     assert scales[0, 0].is_contiguous()
     # Below 16 tokens a matrix product is mostly padding: one token a program, multiplied and summed.
     block = block_tokens if tokens >= 16 else 1
+    # The map's tile of one step: at most 8,192 float32 numbers, 64 registers in each of 128 threads.
+    block_d = 32 if block > 1 else min(triton.next_power_of_2(dim), 8192 // channels)
     _make_labels_kernel[(triton.cdiv(tokens, block), batch * kv_heads)](
         keys, key_map, key_mean, starts, codes, scales,
         keys.stride(0), keys.stride(1), keys.stride(2),
         codes.stride(0), codes.stride(1), scales.stride(0), scales.stride(1), tokens,
-        KV_HEADS=kv_heads, DIM=dim, BLOCK_D=32 if block > 1 else triton.next_power_of_2(dim),
+        KV_HEADS=kv_heads, DIM=dim, BLOCK_D=block_d,
         R=channels, BITS=bits, BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
 

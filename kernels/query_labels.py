@@ -79,10 +79,11 @@ def query_labels_triton(
     recent: int,
     scale: float,
     include_current: bool,
+    block_channels: int = 16,
     block_rows: int = 64,
     num_warps: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One launch, two programs a query head: one projects, the other sums over the local keys."""
+    """One launch; of a query head's programs the first sums over the local keys, the others project."""
     batch, heads, dim = query.shape
     channels = query_map.shape[1]
     kv_heads = key_mean.shape[0]
@@ -90,14 +91,17 @@ def query_labels_triton(
     assert slots[0, 0].is_contiguous()
     assert query_map.is_contiguous()
     assert key_mean.is_contiguous()
+    dim_pad = triton.next_power_of_2(dim)
+    # Keys of one step: at most 64 x 128 float32 numbers, 64 registers in each of 128 threads.
+    block = min(block_rows, 8192 // dim_pad, triton.next_power_of_2(sinks + recent))
     labels = torch.empty(batch, heads, channels, dtype=torch.float32, device=query.device)
     offsets = torch.empty(batch, heads, dtype=torch.float32, device=query.device)
-    _query_labels_kernel[(batch * heads, 2)](
+    _query_labels_kernel[(batch * heads, 1 + channels // block_channels)](
         query, query_map, key_mean, slots, lengths, labels, offsets,
         query.stride(0), query.stride(1), slots.stride(0), slots.stride(1), scale,
-        HEADS=heads, GROUP=heads // kv_heads, DIM=dim, DIM_PAD=triton.next_power_of_2(dim), R=channels,
+        HEADS=heads, GROUP=heads // kv_heads, DIM=dim, DIM_PAD=dim_pad, R=channels,
         SINKS=sinks, RECENT=recent, INCLUDE_CURRENT=include_current,
-        BLOCK=min(block_rows, triton.next_power_of_2(sinks + recent)), num_warps=num_warps,
+        BLOCK=block, BLOCK_R=block_channels, num_warps=num_warps,
     )  # fmt: skip
     return labels, offsets
 
@@ -108,6 +112,7 @@ def _query_labels_kernel(
     query_b, query_h, slots_b, slots_h, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, R: tl.constexpr,
     SINKS: tl.constexpr, RECENT: tl.constexpr, INCLUDE_CURRENT: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     i_b = (tl.program_id(0) // HEADS).to(tl.int64)
     i_q = tl.program_id(0) % HEADS
@@ -117,16 +122,16 @@ def _query_labels_kernel(
     b_q = tl.load(query + i_b * query_b + i_q * query_h + o_d, mask=m_d, other=0.0)  # [D]
     b_q = b_q.to(tl.float32) * scale
     if tl.program_id(1) == 0:
-        o_r = tl.arange(0, R)
-        p_map = query_map + (i_q * R + o_r[:, None]).to(tl.int64) * DIM + o_d[None, :]
-        b_map = tl.load(p_map, mask=m_d[None, :], other=0.0)  # [R, D]
-        tl.store(labels + tl.program_id(0) * R + o_r, tl.sum(b_map * b_q[None, :], 1))
-    else:
         length = tl.load(lengths + i_b)
         p_rows = slots + i_b * slots_b + i_h * slots_h
         lse = _local_lse(b_q, p_rows, length, o_d, m_d, DIM, SINKS, RECENT, INCLUDE_CURRENT, BLOCK)
         b_mean = tl.load(key_mean + i_h * DIM + o_d, mask=m_d, other=0.0)  # [D]
         tl.store(offsets + tl.program_id(0), lse - tl.sum(b_q * b_mean, 0))
+    else:
+        o_r = (tl.program_id(1) - 1) * BLOCK_R + tl.arange(0, BLOCK_R)
+        p_map = query_map + (i_q * R + o_r[:, None]).to(tl.int64) * DIM + o_d[None, :]
+        b_map = tl.load(p_map, mask=m_d[None, :], other=0.0)  # [BLOCK_R, D]
+        tl.store(labels + tl.program_id(0) * R + o_r, tl.sum(b_map * b_q[None, :], 1))
 
 
 @triton.jit

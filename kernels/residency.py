@@ -152,7 +152,7 @@ def resolve_kernel(
     tl.store(miss_counts + row, misses)
     tl.atomic_add(counters + PHASE * 3 + 0, count.to(tl.int64))
     tl.atomic_add(counters + PHASE * 3 + 1, (count - misses).to(tl.int64))
-    tl.atomic_add(counters + PHASE * 3 + 2, predicted.to(tl.int64))
+    tl.atomic_add(counters + PHASE * 3 + 2, tl.cast(predicted, tl.int64))
 
 
 def resolve(

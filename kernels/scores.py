@@ -74,7 +74,7 @@ def label_scores_triton(
     recent: int,
     scores: torch.Tensor,
     block_bytes: int = 8192,
-    program_tokens: int = 2048,
+    program_tokens: int = 4096,
     num_stages: int = 4,
     num_warps: int = 4,
 ) -> None:
@@ -85,8 +85,8 @@ def label_scores_triton(
     A matrix row holds `pack` tokens, against block-diagonal query labels: with
     one token a row, most of the 8 columns a tensor core has would be padding
     and the arithmetic, not memory, would set the pace.
-    2,048 tokens make 1,024 programs at 262,144 tokens and 8 KV heads: one wave
-    of 8 programs on each of an H100's 132 SMs.
+    4,096 tokens make 512 programs at 262,144 tokens and 8 KV heads: four for
+    each of an H100's 132 SMs, all of them at work at once.
     """
     batch, kv_heads, capacity = scores.shape
     heads, channels = query_labels.shape[1:]

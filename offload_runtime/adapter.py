@@ -20,6 +20,11 @@ from .errors import UserError
 IMPLEMENTATION = "ds_offload"
 
 
+def unfilled_output(projection: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A stand-in for a projection whose output nobody reads: the right shape, no matrix product."""
+    return lambda hidden: hidden.new_empty(*hidden.shape[:-1], projection.out_features)
+
+
 @dataclass
 class AttentionCall:
     """What a layer hands to its attention: query [B, Hq, T, D], key and value [B, Hkv, T, D] after RoPE."""
@@ -148,10 +153,15 @@ class ModelAdapter:
         norm = getattr(layer, "input_layernorm", None)
         handler = attention.offload_handler
         attention.offload_handler = stop_at_query
+        unused = [getattr(attention, name) for name in ("k_proj", "v_proj") if hasattr(attention, name)]
         try:
+            for projection in unused:
+                projection.forward = unfilled_output(projection)
             attention(hidden_states=hidden if norm is None else norm(hidden), **keywords)
         except QueryReady as ready:
             return ready.query, ready.scale
         finally:
             attention.offload_handler = handler
+            for projection in unused:
+                projection.__dict__.pop("forward", None)
         raise UserError(f"{type(attention).__name__} does not use transformers' attention interface")

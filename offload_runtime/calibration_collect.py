@@ -1,14 +1,25 @@
-"""Run a model over calibration text and see every layer's queries and keys after RoPE."""
+"""Run a model over calibration text and see every layer's queries and keys after RoPE.
 
+A text of a few thousand tokens shows the slow RoPE channels at a few angles only,
+and a projection made from those misses what keys look like elsewhere. So each block runs as a
+batch of two: row 0 is the text at its own positions; row 1 is given row 0's hidden
+states before every layer, but positions drawn from the whole range of the model.
+Moments come from row 1: the same contents, turned to every place they may have.
+"""
+
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 
 from .adapter import AttentionCall, ModelAdapter
-from .calibration_maps import LayerMoments
+from .calibration import Calibration, config_facts, config_hash
+from .calibration_maps import LayerMoments, check_request
 from .errors import UserError
 from .kernels.prefill_attention import prefill_attention
 
@@ -16,15 +27,8 @@ Progress = Callable[[int, int], None]  # (layers x blocks done, layers x blocks 
 
 SELECTED_SHARE = 16  # predictions are judged by the best N/16 keys, the paper's budget
 SAMPLED_QUERIES = 8  # a block; spread over its second half, where N/16 is a real choice
+PROMPT_TOKENS = 1024  # of a prompt when there is no file; 4,096 gain under 0.01 (bench/results/labels.json)
 MIN_RECALL = 0.5  # measured: layers that predict badly 0.13-0.29, the others 0.5-0.82 (SmolLM2-135M, tiny-256k)
-
-
-@dataclass(frozen=True)
-class Block:
-    """Consecutive tokens [T] of the text and the position of the first."""
-
-    token_ids: torch.Tensor
-    position: int
 
 
 @dataclass
@@ -55,49 +59,41 @@ class Collection:
 
 
 def make_blocks(
-    token_ids: torch.Tensor,
-    prefix: torch.Tensor,
-    tokens: int,
-    block_tokens: int,
-    max_positions: int,
-    seed: int,
-) -> list[Block]:
-    """Cut about `tokens` of a text [n] into blocks spread over it, each after the tokenizer's prefix.
-
-    Every second block starts at a random position up to max_positions: with
-    rotary embeddings attention within a block stays the same, but queries and
-    keys turn to where they lie in a long context.
-    """
+    token_ids: torch.Tensor, prefix: torch.Tensor, tokens: int, block_tokens: int, seed: int
+) -> list[torch.Tensor]:
+    """Cut about `tokens` of a text [n] into blocks [T] spread over it, each after the tokenizer's prefix."""
     tokens = min(tokens, len(token_ids))
     count = -(-tokens // block_tokens)
     length = tokens // count
     generator = torch.Generator().manual_seed(seed)
     blocks = []
     for index in range(count):
-        stretch = len(token_ids) * index // count, len(token_ids) * (index + 1) // count
-        spare = stretch[1] - stretch[0] - length
-        start = stretch[0] + int(torch.randint(spare + 1, (1,), generator=generator))
-        ids = torch.cat([prefix, token_ids[start : start + length]])
-        furthest = max(0, max_positions - len(ids))
-        far = int(torch.randint(furthest + 1, (1,), generator=generator))
-        blocks.append(Block(ids, far if index % 2 else 0))
+        first, end = (len(token_ids) * edge // count for edge in (index, index + 1))
+        start = first + int(torch.randint(end - first - length + 1, (1,), generator=generator))
+        blocks.append(torch.cat([prefix, token_ids[start : start + length]]))
     return blocks
 
 
 @torch.no_grad()
 def collect(
-    adapter: ModelAdapter, blocks: Sequence[Block], progress: Progress | None = None
+    adapter: ModelAdapter,
+    blocks: Sequence[torch.Tensor],
+    positions: int,
+    seed: int,
+    progress: Progress | None = None,
 ) -> Collection:
-    """Moments and prediction recalls of every layer over the blocks, all tokens counted."""
+    """Moments of every layer over all tokens of the blocks [T], at positions up to `positions`, and recalls."""
     layers = len(adapter.layers)
     result = Collection([None] * layers, [[] for _ in range(layers)])
+    generator = torch.Generator().manual_seed(seed)
     for number, block in enumerate(blocks):
 
         def seen(index: int, done: int = number * layers) -> None:
             if progress is not None:
                 progress(done + index + 1, len(blocks) * layers)
 
-        BlockRun(adapter, result, seen).run(block)
+        places = torch.randint(max(positions, len(block)), (len(block),), generator=generator)
+        BlockRun(adapter, result, seen).run(block, places)
     return result
 
 
@@ -106,47 +102,50 @@ class BlockRun:
 
     def __init__(self, adapter: ModelAdapter, result: Collection, seen: Callable[[int], None]) -> None:
         self.adapter, self.result, self.seen = adapter, result, seen
-        self.hidden: torch.Tensor | None = None  # input of the layer before, [1, T, E]
-        self.predicted: torch.Tensor | None = None  # this layer's predicted query at the sampled places
+        self.hidden: torch.Tensor | None = None  # input of the layer before, [2, T, E]
+        self.predicted: torch.Tensor | None = None  # this layer's predicted query at the sampled tokens
 
-    def run(self, block: Block) -> None:
-        device = self.adapter.device
-        count = len(block.token_ids)
+    def run(self, block: torch.Tensor, turned: torch.Tensor) -> None:
+        """block [T]: token ids; turned [T]: the positions that row 1 puts them at."""
+        device, count = self.adapter.device, len(block)
         half = count // 2
-        self.places = torch.linspace(half, count - 1, min(SAMPLED_QUERIES, count - half)).long().to(device)
-        positions = torch.arange(block.position, block.position + count, device=device)[None]
+        self.sampled = torch.linspace(half, count - 1, min(SAMPLED_QUERIES, count - half)).long().to(device)
+        positions = torch.stack([torch.arange(count), turned]).to(device)  # [2, T]
         handlers = [self._handler(index) for index in range(len(self.adapter.layers))]
-        with self.adapter.handled_by(handlers), self.adapter.observed_by(self._predict):
+        with self.adapter.handled_by(handlers), self.adapter.observed_by(self._before_layer):
             self.adapter.base(
-                input_ids=block.token_ids[None].to(device), position_ids=positions, use_cache=False
+                input_ids=block.to(device).expand(2, -1), position_ids=positions, use_cache=False
             )
 
-    def _predict(self, index: int, hidden: torch.Tensor, keywords: dict[str, Any]) -> None:
-        """Before layer `index`: guess its query from the input of the layer before."""
+    def _before_layer(self, index: int, hidden: torch.Tensor, keywords: dict[str, Any]) -> None:
+        """Give row 1 the hidden states of row 0; guess this layer's query from the layer before's input."""
+        hidden[1] = hidden[0]
         if self.hidden is not None:
             query, _ = self.adapter.predicted_query(index, self.hidden, keywords)
-            self.predicted = query[0, :, self.places]  # [Hq, P, D]
+            self.predicted = query[0, :, self.sampled]  # [Hq, P, D]
         self.hidden = hidden
 
     def _handler(self, index: int) -> Callable[[AttentionCall], torch.Tensor]:
         def handle(call: AttentionCall) -> torch.Tensor:
-            moments = LayerMoments.of(call.query[0], call.key[0])
+            moments = LayerMoments.of(call.query[1], call.key[1])
             known = self.result.moments[index]
             if known is None:
                 self.result.moments[index] = moments
             else:
                 known.add(moments)
+            text = replace(call, query=call.query[:1], key=call.key[:1], value=call.value[:1])
             if self.predicted is not None:
-                recall = selection_recall(call, self.predicted, self.places)
+                recall = selection_recall(text, self.predicted, self.sampled)
                 self.result.recalls[index].append(recall)
             self.seen(index)
-            return attend(call)
+            out = attend(text)  # [1, T, Hq, D]
+            return torch.cat([out, torch.zeros_like(out)])
 
         return handle
 
 
 def attend(call: AttentionCall) -> torch.Tensor:
-    """Causal attention over the block, [1, T, Hq, D]."""
+    """Causal attention over a whole text, [1, T, Hq, D]."""
     if call.window or call.softcap or call.sink_logits is not None:
         rows = torch.cat([call.key[0], call.value[0]], -1)  # [Hkv, T, 2 D]
         query = call.query.contiguous()
@@ -185,3 +184,38 @@ def group_masses(
     if window:
         hidden |= token <= places[:, None] - window
     return logits.masked_fill(hidden, float("-inf")).softmax(-1).sum(1)
+
+
+def make_calibration(
+    adapter: ModelAdapter, collection: Collection, channels: int, method: str, facts: dict[str, str]
+) -> Calibration:
+    """The calibration that a collection gives; facts are added to its provenance."""
+    check_request(channels, method, adapter.head_dim)
+    maps = [moments.maps(channels, method) for moments in collection.layer_moments()]
+    query_map, key_map, key_mean = (torch.stack(parts).cpu() for parts in zip(*maps, strict=True))
+    config = adapter.model.config
+    provenance = {
+        "config": json.dumps(config_facts(config)),
+        "config_hash": config_hash(config),
+        "method": method,
+        "label_channels": str(channels),
+        "prediction_recall": ",".join(f"{recall:.3f}" for recall in collection.mean_recalls()),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        **facts,
+    }
+    return Calibration(query_map, key_map, key_mean, collection.unpredicted_layers(), provenance)
+
+
+def calibrate_prompt(
+    adapter: ModelAdapter, token_ids: torch.Tensor, channels: int, positions: int, seed: int = 0
+) -> Calibration:
+    """The projection for a model without a file, from the first tokens [T] of a prompt.
+
+    positions: as far as the sequence may grow. Measured on 1,024 tokens: nearly
+    what a file gives, where moments of the same tokens at their own places give
+    less than half of it (bench/results/labels.json).
+    """
+    collection = collect(adapter, [token_ids[:PROMPT_TOKENS]], positions, seed)
+    facts = {"model": "the model of this prompt", "tokens": str(min(len(token_ids), PROMPT_TOKENS))}
+    return make_calibration(adapter, collection, channels, "projection", facts)

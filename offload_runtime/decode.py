@@ -7,6 +7,7 @@ import torch
 
 from .adapter import AttentionCall, ModelAdapter
 from .cache.layer_cache import BatchState, LayerCache
+from .fusion import Fusion
 from .prefetch.scheduler import Prefetcher
 
 
@@ -28,6 +29,7 @@ class DecodeLoop:
         self.adapter, self.caches, self.state, self.prefetcher = adapter, caches, state, prefetcher
         batch = state.lengths.shape[0]
         self.token_ids = torch.zeros(batch, 1, dtype=torch.long, device=adapter.device)
+        self.fusion = Fusion(adapter)
         self.use_graph = use_graph and adapter.device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = False
@@ -54,13 +56,13 @@ class DecodeLoop:
         graph.replay()  # capturing records the step without running it
 
     def _forward(self) -> torch.Tensor:
-        self.state.lengths.add_(1)
-        self.state.step.add_(1)
+        self.state.advance()
         handlers = [self._handler(index) for index in range(len(self.caches))]
-        with self.adapter.handled_by(handlers), self.adapter.observed_by(self.prefetcher.before_layer):
+        observed = self.adapter.observed_by(self.prefetcher.before_layer)
+        with self.adapter.handled_by(handlers), observed, self.fusion.applied():
             logits = self.adapter.model(
                 input_ids=self.token_ids,
-                position_ids=(self.state.lengths - 1).long()[:, None],  # [B, 1]
+                position_ids=self.state.positions.long()[:, None],  # [B, 1]
                 use_cache=False,
                 logits_to_keep=1,
             ).logits

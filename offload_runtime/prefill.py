@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from .adapter import AttentionCall, ModelAdapter
-from .cache.label_cache import LabelMaps
 from .cache.layer_cache import LayerCache
 from .calibration import calibrate_layer
 from .kernels.prefill_attention import prefill_attention
@@ -81,9 +80,7 @@ class PrefillRun:
         self.rows[:, span, :dim] = call.key[0]
         self.rows[:, span, dim : 2 * dim] = call.value[0]
         if self.position == 0 and self.self_calibrate is not None:
-            maps = LabelMaps(*calibrate_layer(call.query[0], call.key[0], self.self_calibrate))
-            cache.maps = pad_maps(maps, cache.layout.label_channels, call.key.device)
-        assert cache.maps is not None
+            cache.maps.set(*calibrate_layer(call.query[0], call.key[0], self.self_calibrate))
         starts = torch.tensor([span.start], dtype=torch.int32, device=call.key.device)
         cache.labels.write(call.key, cache.maps, starts, self.sequence)
         self.writer.write(self.rows[:, span], cache.host.rows[self.sequence, :, span], span.start)
@@ -156,13 +153,3 @@ def take_tokens(value: Any, tokens: int, span: slice) -> Any:
     index[list(value.shape).index(tokens)] = span
     return value[tuple(index)]
 
-
-def pad_maps(maps: LabelMaps, channels: int, device: torch.device) -> LabelMaps:
-    """The maps on a device, with zero channels added up to the width that the kernels are built for."""
-    missing = channels - maps.key_map.shape[1]
-    pad = torch.nn.functional.pad
-    return LabelMaps(
-        pad(maps.query_map, (0, 0, 0, missing)).to(device).contiguous(),  # [Hq, channels, D]
-        pad(maps.key_map, (0, 0, 0, missing)).to(device).contiguous(),  # [Hkv, channels, D]
-        maps.key_mean.to(device).contiguous(),
-    )

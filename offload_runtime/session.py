@@ -6,14 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from .adapter import ModelAdapter
-from .cache.label_cache import LabelMaps
 from .cache.layer_cache import BatchState, LayerCache
 from .cache.layout import KVLayout
 from .calibration import Calibration
 from .config import DEFAULT_LABEL_CHANNELS, RuntimeConfig, label_width
 from .decode import DecodeLoop, query_predictor
 from .prefetch.scheduler import Prefetcher
-from .prefill import PrefillRun, Progress, pad_maps
+from .prefill import PrefillRun, Progress
 
 
 class Session:
@@ -35,7 +34,7 @@ class Session:
         def integers(count: int) -> torch.Tensor:
             return torch.zeros(count, dtype=torch.int32, device=device)
 
-        self.state = BatchState(integers(batch), integers(batch), integers(1))
+        self.state = BatchState(integers(batch), integers(batch), integers(batch), integers(1))
         self.allocator = ThreadPoolExecutor(1, thread_name_prefix="pinned-rows")
         self.caches = [
             LayerCache(self.layout, self.state, device, config.new_rows, self.allocator)
@@ -58,10 +57,9 @@ class Session:
         """Give every layer its label maps from the calibration, if there is one."""
         if self.calibration is None:
             return
-        c, device = self.calibration, self.adapter.device
+        c = self.calibration
         for index, cache in enumerate(self.caches):
-            maps = LabelMaps(c.query_map[index], c.key_map[index], c.key_mean[index])
-            cache.maps = pad_maps(maps, self.layout.label_channels, device)
+            cache.maps.set(c.query_map[index], c.key_map[index], c.key_mean[index])
 
     def clear(self) -> None:
         """Forget every token."""
@@ -134,7 +132,7 @@ class Session:
             mine.host.rows[:, :, :size].copy_(theirs.host.rows)
             mine.labels.codes[:, :, :size].copy_(theirs.labels.codes)
             mine.labels.scales[:, :, :size].copy_(theirs.labels.scales)
-            mine.maps = theirs.maps
+            mine.maps.copy_from(theirs.maps)
         other.caches.clear()
         self.cached_ids = other.cached_ids
 

@@ -2,9 +2,11 @@
 
 All streams and events of decoding are here. Layer i's input is copied to one of
 two buffers; a side stream turns it into layer i+1's query, selects by label and
-gathers the missing rows. Layer i+1 waits for that, then (mode "correct") makes
-the true selection and fetches only what the prediction missed, or (mode
-"predict", the paper's DS-Offload) attends to the predicted selection as it is.
+finds the missing rows, and a copy stream gathers them, so that the next
+prediction need not wait for this one's rows. Layer i+1 waits for the gather,
+then (mode "correct") makes the true selection and fetches only what the
+prediction missed, or (mode "predict", the paper's DS-Offload) attends to the
+predicted selection as it is.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,13 +45,14 @@ class Prefetcher:
         self.delay_cycles = delay_cycles
         self.work, self.selection = Workspace(layout, device), Selection(layout, device)
         # Double-buffered: layer i+1's prediction is made while layer i's is in use.
-        self.side_work = Workspace(layout, device)
+        self.side_works = (Workspace(layout, device), Workspace(layout, device))
         self.predictions = (Selection(layout, device), Selection(layout, device))
         self.inputs: list[torch.Tensor | None] = [None, None]
         self.on_gpu = device.type == "cuda"
         if self.on_gpu:
-            self.side_stream = torch.cuda.Stream(device)
+            self.side_stream, self.copy_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
             self.ready = [torch.cuda.Event() for _ in caches]
+            self.chosen = [torch.cuda.Event() for _ in caches]
             self.done = [torch.cuda.Event() for _ in caches]
 
     def before_layer(self, index: int, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
@@ -58,8 +61,10 @@ class Prefetcher:
         if target not in self.predicted_layers:
             return
         kept = self._keep_input(index, hidden)
+        cache, work = self.caches[target], self.side_works[target % 2]
         if not self.on_gpu:
             self._predict(target, kept, arguments)
+            cache.gather(work)
             return
         self.ready[target].record()
         with torch.cuda.stream(self.side_stream):
@@ -67,6 +72,12 @@ class Prefetcher:
             if self.delay_cycles:
                 torch.cuda._sleep(self.delay_cycles)
             self._predict(target, kept, arguments)
+            self.chosen[target].record()
+        with torch.cuda.stream(self.copy_stream):
+            self.copy_stream.wait_event(self.chosen[target])
+            if self.delay_cycles:
+                torch.cuda._sleep(self.delay_cycles)
+            cache.gather(work)
             self.done[target].record()
 
     def _keep_input(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -78,10 +89,11 @@ class Prefetcher:
         return buffer.copy_(hidden)
 
     def _predict(self, target: int, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
+        """Select for layer `target` by its predicted query and give the missing rows slots."""
         query, scale = self.predict_query(target, hidden, arguments)
-        cache, prediction = self.caches[target], self.predictions[target % 2]
-        cache.select(query, scale, prediction, self.side_work, predicted=True)
-        cache.fetch(prediction, self.side_work, PREDICTED)
+        cache, prediction, work = self.caches[target], self.predictions[target % 2], self.side_works[target % 2]
+        cache.select(query, scale, prediction, work, predicted=True)
+        cache.resolve(prediction, work, PREDICTED)
 
     def selection_for(self, index: int, query: torch.Tensor, scale: float) -> Selection:
         """What layer `index` attends to, its rows resident. query [B, Hq, D] is the true query."""
@@ -94,6 +106,7 @@ class Prefetcher:
         else:
             selection = self.selection
             cache.select(query, scale, selection, self.work, predicted=False)
-            cache.fetch(selection, self.work, TRUE)
+            cache.resolve(selection, self.work, TRUE)
+            cache.gather(self.work)
         cache.keep(selection)
         return selection

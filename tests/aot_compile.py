@@ -53,7 +53,15 @@ def labels(dtype: str, dim: int, channels: int, bits: int, block: int, block_d: 
 def query_labels(dtype: str, dim: int, dim_pad: int, channels: int) -> Case:
     pointers = {"query": f"*{dtype}", "slots": f"*{dtype}", "lengths": "*i32", "scale": "fp32"}
     pointers |= dict.fromkeys(("query_map", "key_mean", "labels", "offsets"), "*fp32")
-    sizes = {"HEADS": 32, "GROUP": 4, "DIM": dim, "DIM_PAD": dim_pad, "R": channels, "BLOCK": 64}
+    sizes = {
+        "HEADS": 32,
+        "GROUP": 4,
+        "DIM": dim,
+        "DIM_PAD": dim_pad,
+        "R": channels,
+        "BLOCK": 64,
+        "BLOCK_R": 16,
+    }
     sizes |= {"SINKS": 4, "RECENT": 64, "INCLUDE_CURRENT": True}
     return Case("query_labels", "_query_labels_kernel", pointers, sizes)
 
@@ -101,6 +109,7 @@ CASES = [
     query_labels("bf16", 128, 128, 32),
     query_labels("fp32", 80, 128, 128),
     scores(4, 32, 4, 4, 2, 256),
+    scores(4, 32, 1, 1, 8, 512),
     scores(4, 16, 8, 8, 2, 256),
     scores(8, 64, 1, 4, 2, 128),
     scores(16, 16, 4, 4, 2, 256),

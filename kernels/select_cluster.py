@@ -1,0 +1,148 @@
+"""Label scoring and exact top-k in one kernel, on GPUs with thread block clusters (sm_90 and newer).
+
+The CUDA source is compiled at first use through CuPy's RawModule (the extras
+cuda12 and cuda13), once for each label format: call it once before a CUDA graph
+captures it. Where cluster_select_available() is False,
+scores.label_scores and topk.select_topk or sticky.sticky_topk do the same work.
+"""
+
+import ctypes
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+SOURCES = ("cluster.cuh", "label_mma.cuh", "select_cluster.cu")  # one text, in this order
+THREADS = 512  # as in select_cluster.cu
+NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14  # CUfunction_attribute of cuda.h
+STATIC_BYTES = 28 * 1024  # struct Shared, at most (8 CTAs: 27,808 bytes by ptxas)
+
+
+def cluster_select_available(device: torch.device, capacity: int) -> bool:
+    """Whether the cluster kernel can select from `capacity` tokens on this device."""
+    if device.type != "cuda" or importlib.util.find_spec("cupy") is None:
+        return False
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major < 9:
+        return False
+    largest = 16 if properties.major in (9, 10) else 8  # sm_120 has no clusters of 16
+    limit = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return dynamic_bytes(capacity, largest, True) + STATIC_BYTES <= limit
+
+
+def dynamic_bytes(capacity: int, cluster: int, sticky: bool) -> int:
+    """Shared memory for a CTA's share of the keys (and of the membership bits)."""
+    share = -(-capacity // (cluster * 32)) * 32
+    return share * 4 + (share // 8 if sticky else 0)
+
+
+def select_by_labels_cluster(
+    query_labels: torch.Tensor,
+    offsets: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    bits: int,
+    budgets: torch.Tensor,
+    lengths: torch.Tensor,
+    sinks: int,
+    recent: int,
+    tokens: torch.Tensor,
+    counts: torch.Tensor,
+    previous_tokens: torch.Tensor | None = None,
+    new_rows: int = 0,
+) -> None:
+    """label_scores and then select_topk, or sticky_topk when previous_tokens is given.
+
+    query_labels [B, Hq, R] and offsets [B, Hq] float32; codes [B, Hkv, N,
+    code_width] and scales [B, Hkv, N, 2]: the label cache; budgets and lengths
+    [B] int32; tokens [B, Hkv, K] int32 and counts [B] int32 are written.
+    previous_tokens [B, Hkv, K'] int32 is -1 past its count, all -1 when there is
+    no previous selection; it may be `tokens` itself. All tensors contiguous.
+    Scores are rounded differently from label_scores (a relative 1e-6 or so), so
+    tokens of nearly equal score may change places; the same input gives the same bits.
+    """
+    import cupy
+
+    batch, kv_heads, capacity = codes.shape[:3]
+    channels, group = query_labels.shape[2], query_labels.shape[1] // kv_heads
+    sticky = previous_tokens is not None
+    previous = tokens if previous_tokens is None else previous_tokens
+    kernel, cluster = compiled(channels, bits, group, sticky, capacity, tokens.device.index)
+    pointers = (query_labels, offsets, codes, scales, budgets, lengths, previous, tokens, counts)
+    numbers = (kv_heads, capacity, sinks, recent, new_rows, previous.shape[-1], tokens.shape[-1])
+    stream = torch.cuda.current_stream(tokens.device).cuda_stream
+    with cupy.cuda.Device(tokens.device.index), cupy.cuda.ExternalStream(stream):
+        kernel(
+            (cluster, kv_heads, batch),
+            (THREADS,),
+            (*(tensor.data_ptr() for tensor in pointers), *(np.int32(number) for number in numbers)),
+            shared_mem=dynamic_bytes(capacity, cluster, sticky),
+        )
+
+
+@functools.cache
+def compiled(
+    channels: int, bits: int, group: int, sticky: bool, capacity: int, device_index: int
+) -> tuple[Any, int]:
+    """(kernel, CTAs a cluster): 16 where the device can place such a cluster, else 8."""
+    import cupy
+
+    with cupy.cuda.Device(device_index):
+        for cluster in (16, 8):
+            kernel = build(channels, bits, group, sticky, cluster)
+            size = dynamic_bytes(capacity, cluster, sticky)
+            kernel.max_dynamic_shared_size_bytes = size
+            if cluster > 8:
+                cupy.cuda.driver.funcSetAttribute(kernel.kernel.ptr, NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
+            if active_clusters(kernel.kernel.ptr, cluster, size) > 0:
+                return kernel, cluster
+    raise RuntimeError(f"no thread block cluster of 8 or 16 fits device {device_index} at {capacity} tokens")
+
+
+def build(channels: int, bits: int, group: int, sticky: bool, cluster: int) -> Any:
+    """Compile the CUDA source for one label format."""
+    import cupy
+
+    words = max(1, channels * bits // 128)  # 32-bit words a lane holds of one token
+    # Two steps of 4 tokens a lane in flight and two more behind them, within 64 registers for
+    # the usual labels, so that two CTAs fit an SM; wide labels fill the registers as they are.
+    narrow = words <= 2
+    defines = {
+        "CHANNELS": channels,
+        "BITS": bits,
+        "GROUP": group,
+        "CLUSTER": cluster,
+        "STICKY": int(sticky),
+        "STEPS": 2 if words == 1 else 1,
+        "PREFETCH": int(narrow),
+        "RESIDENT": 2 if narrow and group <= 4 else 1,
+    }
+    options = ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items()))
+    source = "".join(Path(__file__).with_name(name).read_text() for name in SOURCES)
+    return cupy.RawModule(code=source, options=options).get_function("select_cluster")
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+def active_clusters(function: int, cluster: int, shared_bytes: int) -> int:
+    """How many clusters of a kernel the current device can run at once; 0 if it can place none."""
+    config = LaunchConfig((cluster, 1, 1), (THREADS, 1, 1), shared_bytes)
+    count = ctypes.c_int(0)
+    status = ctypes.CDLL("libcuda.so.1").cuOccupancyMaxActiveClusters(
+        ctypes.byref(count), ctypes.c_void_p(function), ctypes.byref(config)
+    )
+    return count.value if status == 0 else 0

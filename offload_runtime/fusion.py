@@ -1,0 +1,100 @@
+"""Fused forms of small transformers ops, put in place for decode and only where they compute the same.
+
+A norm or rotary function is replaced after a trial on random input shows that
+the fused form agrees with the model's own; every other one stays as it is.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapter import ModelAdapter
+from .kernels.rms_norm import rms_norm
+from .kernels.rotary import rotate
+
+# Trials agree to a few roundings of the model's type: the order of a sum may differ, the formula may not.
+TRIAL_ROUNDINGS = 4
+TRIAL_TOKENS = 2
+
+
+class Fusion:
+    """What of a model can be fused, found once; nothing on a CPU."""
+
+    def __init__(self, adapter: ModelAdapter) -> None:
+        self.norms: list[Any] = []
+        self.rotary: Any = None
+        if adapter.device.type == "cuda":
+            self.norms = [module for module in adapter.base.modules() if is_plain_rms_norm(module)]
+            self.rotary = rotary_module(adapter)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the fused forms in place until the context ends."""
+        plain = None if self.rotary is None else self.rotary.apply_rotary_pos_emb
+        try:
+            for norm in self.norms:
+                norm.forward = fused_norm(norm)
+            if self.rotary is not None:
+                self.rotary.apply_rotary_pos_emb = fused_rotary
+            yield
+        finally:
+            for norm in self.norms:
+                norm.__dict__.pop("forward", None)
+            if self.rotary is not None:
+                self.rotary.apply_rotary_pos_emb = plain
+
+
+def fused_norm(norm: Any) -> Any:
+    weight, eps = norm.weight, norm.variance_epsilon
+    return lambda x: rms_norm(x, weight, eps)
+
+
+def fused_rotary(q: Any, k: Any, cos: Any, sin: Any, *_: Any, **__: Any) -> Any:
+    return rotate(q, k, cos, sin)
+
+
+def agree(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether two results differ by roundings only."""
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return False
+    tolerance = TRIAL_ROUNDINGS * torch.finfo(ours.dtype).eps
+    return torch.allclose(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance)
+
+
+def is_plain_rms_norm(module: nn.Module) -> bool:
+    """Whether the fused RMSNorm computes what this module does."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not hasattr(module, "variance_epsilon"):
+        return False
+    generator = torch.Generator(weight.device).manual_seed(0)
+    trial = torch.randn(TRIAL_TOKENS, len(weight), generator=generator, device=weight.device)
+    trial = trial.to(weight.dtype)
+    return agree(fused_norm(module)(trial), module(trial))
+
+
+def rotary_module(adapter: ModelAdapter) -> ModuleType | None:
+    """The module whose apply_rotary_pos_emb the attention uses, if the fused form computes the same."""
+    module = sys.modules[type(adapter.attentions[0]).__module__]
+    plain = getattr(module, "apply_rotary_pos_emb", None)
+    if plain is None:
+        return None
+    device, dtype, dim = adapter.device, adapter.dtype, adapter.head_dim
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    query, key = draw(1, adapter.query_heads, TRIAL_TOKENS, dim), draw(1, adapter.kv_heads, TRIAL_TOKENS, dim)
+    angle = draw(1, TRIAL_TOKENS, dim // 2).float().repeat(1, 1, 2)  # [1, T, D]
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    try:
+        theirs = plain(query, key, cos, sin)
+    except (RuntimeError, TypeError):
+        return None  # partial rotary or another signature
+    ours = fused_rotary(query, key, cos, sin)
+    return module if all(agree(a, b) for a, b in zip(ours, theirs, strict=True)) else None

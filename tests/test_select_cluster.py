@@ -1,0 +1,213 @@
+"""The cluster kernel against label_scores_reference and select_topk_reference.
+
+Its scores are rounded differently, so selections are compared by their scores:
+where they differ, the scores may differ by no more than 1e-3 of the scores' spread.
+"""
+
+import importlib.util
+
+import pytest
+import torch
+
+from offload_runtime.kernels.labels import quantise
+from offload_runtime.kernels.scores import label_scores_reference
+from offload_runtime.kernels.select_cluster import (
+    cluster_select_available,
+    dynamic_bytes,
+    select_by_labels_cluster,
+)
+from offload_runtime.kernels.sticky import sticky_topk_reference
+from offload_runtime.kernels.topk import select_topk_reference
+
+SINKS, RECENT = 4, 64
+
+
+def missing() -> str:
+    """Why the kernel cannot run here; empty if it can."""
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU"
+    if importlib.util.find_spec("cupy") is None:
+        return "needs CuPy (the extra cuda12 or cuda13)"
+    if torch.cuda.get_device_capability()[0] < 9:
+        return "needs thread block clusters (sm_90)"
+    return ""
+
+
+needs_clusters = pytest.mark.skipif(bool(missing()), reason=missing() or "runs")
+
+
+class Problem:
+    """Random labels and queries on the GPU; label cache entries past the lengths are NaN or 255."""
+
+    def __init__(self, lengths, capacity, budgets, kv_heads=2, group=4, channels=32, bits=4, seed=0):
+        generator = torch.Generator("cuda").manual_seed(seed)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=generator, device="cuda")
+
+        batch = len(lengths)
+        self.query_labels = normal(batch, kv_heads * group, channels) * 0.3
+        self.offsets = normal(batch, kv_heads * group) * 2 + 10
+        labels = normal(batch, kv_heads, capacity, channels) * 2 + normal(channels)
+        scales = torch.full((batch, kv_heads, capacity, 2), float("nan"), device="cuda").half()
+        codes = labels.half()
+        if bits != 16:
+            codes, scales = quantise(labels, bits)
+        for b, length in enumerate(lengths):
+            codes[b, :, length:] = float("nan") if bits == 16 else 255
+            scales[b, :, length:] = float("nan")
+        self.codes, self.scales, self.bits = codes.contiguous(), scales.contiguous(), bits
+        self.lengths = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+        self.budgets = torch.tensor(budgets, dtype=torch.int32, device="cuda")
+        self.shape = (batch, kv_heads, capacity)
+        self.k_max = max(budgets)
+
+    def empty_selection(self):
+        batch, kv_heads, _ = self.shape
+        tokens = torch.full((batch, kv_heads, self.k_max), -1, dtype=torch.int32, device="cuda")
+        return tokens, torch.zeros(batch, dtype=torch.int32, device="cuda")
+
+    def scores(self):
+        scores = torch.empty(self.shape, device="cuda")
+        label_scores_reference(
+            self.query_labels, self.offsets, self.codes, self.scales, self.bits, self.lengths,
+            SINKS, RECENT, scores,
+        )  # fmt: skip
+        return scores
+
+    def run(self, tokens, counts, previous_tokens=None, new_rows=0):
+        select_by_labels_cluster(
+            self.query_labels, self.offsets, self.codes, self.scales, self.bits, self.budgets, self.lengths,
+            SINKS, RECENT, tokens, counts, previous_tokens, new_rows,
+        )  # fmt: skip
+
+
+def check(tokens, counts, expected_tokens, expected_counts, scores):
+    """Counts and order exactly; the two selections only differ in tokens of nearly equal score."""
+    assert torch.equal(counts, expected_counts)
+    for b, count in enumerate(counts.tolist()):
+        for h in range(tokens.shape[1]):
+            got, want = tokens[b, h, :count].long(), expected_tokens[b, h, :count].long()
+            assert (tokens[b, h, count:] == -1).all()
+            assert (got[1:] > got[:-1]).all()
+            if count == 0:
+                continue
+            selectable = scores[b, h][scores[b, h].isfinite()]
+            assert scores[b, h, got].isfinite().all(), "a token outside the selectable span"
+            ours, theirs = scores[b, h, got].sort().values, scores[b, h, want].sort().values
+            spread = (selectable.max() - selectable.min()).item()
+            assert (ours - theirs).abs().max().item() <= 1e-3 * spread
+
+
+def compare(problem):
+    tokens, counts = problem.empty_selection()
+    tokens.fill_(12345)
+    counts.fill_(12345)
+    problem.run(tokens, counts)
+    expected, expected_counts = problem.empty_selection()
+    scores = problem.scores()
+    select_topk_reference(scores, problem.budgets, problem.lengths, SINKS, RECENT, expected, expected_counts)
+    check(tokens, counts, expected, expected_counts, scores)
+
+
+@pytest.mark.gpu
+@needs_clusters
+@pytest.mark.parametrize("length", [1, 63, 127, 1000, 65536, 262144])
+@pytest.mark.parametrize("budget", [1, 2048, 16384])
+def test_lengths(length, budget):
+    compare(Problem([length], max(length, 300), [budget]))
+
+
+@pytest.mark.gpu
+@needs_clusters
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("channels", [16, 32, 64, 128])
+@pytest.mark.parametrize("group", [1, 4, 7, 8])
+def test_label_formats(group, channels, bits):
+    compare(Problem([5001], 5008, [300], group=group, channels=channels, bits=bits))
+
+
+@pytest.mark.gpu
+@needs_clusters
+def test_ragged_batch():
+    compare(Problem([65536, 1, 70, 40000, 9000], 65536, [4096, 16, 16, 1, 9000], kv_heads=8))
+
+
+@pytest.mark.gpu
+@needs_clusters
+def test_equal_scores_go_to_the_earliest():
+    problem = Problem([20000], 20000, [1500])
+    problem.query_labels.zero_()
+    tokens, counts = problem.empty_selection()
+    problem.run(tokens, counts)
+    first = torch.arange(SINKS, SINKS + 1500, dtype=torch.int32, device="cuda")
+    assert (tokens == first).all()
+
+
+@pytest.mark.gpu
+@needs_clusters
+def test_same_bits_every_time():
+    problem = Problem([131072], 131072, [8192], kv_heads=8)
+    first, counts = problem.empty_selection()
+    problem.run(first, counts)
+    for _ in range(10):
+        tokens, counts = problem.empty_selection()
+        problem.run(tokens, counts)
+        assert torch.equal(tokens, first)
+
+
+@pytest.mark.gpu
+@needs_clusters
+@pytest.mark.parametrize("new_rows", [0, 100, 5000])
+def test_sticky_selection(new_rows):
+    problem = Problem([65536, 3000], 65536, [4096, 256])
+    tokens, counts = problem.empty_selection()
+    for step in range(3):
+        problem.query_labels += torch.randn_like(problem.query_labels) * 0.1
+        expected, expected_counts = problem.empty_selection()
+        before, before_counts = tokens.clone(), counts.clone()
+        scores = problem.scores()
+        problem.run(tokens, counts, tokens, new_rows)
+        sticky_topk_reference(
+            scores, problem.budgets, new_rows, problem.lengths, SINKS, RECENT,
+            before, before_counts, expected, expected_counts,
+        )  # fmt: skip
+        check(tokens, counts, expected, expected_counts, scores)
+        if step:
+            for b, count in enumerate(counts.tolist()):
+                for h in range(tokens.shape[1]):
+                    new = ~torch.isin(tokens[b, h, :count], before[b, h])
+                    assert int(new.sum()) <= new_rows
+
+
+@pytest.mark.gpu
+@needs_clusters
+def test_replays_in_a_cuda_graph_with_new_lengths():
+    problem = Problem([65536], 65536, [2048], kv_heads=8)
+    tokens, counts = problem.empty_selection()
+    problem.run(tokens, counts)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        problem.run(tokens, counts)
+    for length in (60000, 3000, 70, 5):
+        problem.lengths.fill_(length)
+        graph.replay()
+        expected, expected_counts = problem.empty_selection()
+        scores = problem.scores()
+        select_topk_reference(
+            scores, problem.budgets, problem.lengths, SINKS, RECENT, expected, expected_counts
+        )
+        check(tokens, counts, expected, expected_counts, scores)
+
+
+def test_not_available_without_cuda():
+    assert not cluster_select_available(torch.device("cpu"), 1000)
+
+
+def test_shared_memory_holds_every_share():
+    for capacity in (1, 100, 262144, 1000001):
+        share = dynamic_bytes(capacity, 16, False) // 4
+        assert share % 32 == 0
+        assert share * 16 >= capacity
+        assert dynamic_bytes(capacity, 16, True) == share * 4 + share // 8
