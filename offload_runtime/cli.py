@@ -16,8 +16,6 @@ from . import __version__
 from . import cli_options as opt
 from .cli_exits import clean_exit, quiet_libraries
 
-CALIBRATION_FILE = Path("calibration.safetensors")
-
 app = typer.Typer(
     help="Decode at long context on one GPU with the KV cache in pinned host memory.",
     no_args_is_help=True,
@@ -100,10 +98,14 @@ def generate(
 def calibrate(
     text_files: Annotated[list[Path], typer.Argument(help="UTF-8 texts like those the model will read.")],
     model: opt.Model = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = CALIBRATION_FILE,
-    method: Annotated[str, typer.Option(help="projection, or channels as in the paper.")] = "projection",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File to write. [default: beside the model]")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="projection; channels, -q or -k: as in the paper.")
+    ] = "projection",
     channels: Annotated[int, typer.Option(help="Label channels R.")] = 32,
-    tokens: Annotated[int, typer.Option(help="Tokens of text to read.")] = 8192,
+    tokens: Annotated[int, typer.Option(help="Tokens of text to read.")] = 32768,
     seed: Annotated[int, typer.Option(help="Chooses the passages.")] = 0,
     device: opt.Device = "auto",
 ) -> None:

@@ -18,7 +18,7 @@ def run_calibrate(
     text_files: list[Path],
     method: str,
     channels: int,
-    out: Path,
+    out: Path | None,
     tokens: int,
     seed: int,
     device: str,
@@ -26,8 +26,8 @@ def run_calibrate(
     """Check everything, then calibrate; the file is written whole or not at all."""
     for file in text_files:
         check_file(str(file), "text file")
-    if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise UserError(f"--out {out} cannot be written: {out.parent} is no folder that can be written to")
+    if out is not None and (out.is_dir() or not os.access(out.parent, os.W_OK)):
+        raise UserError(f"--out {out} cannot be written: no writable folder {out.parent}")
     if channels < 1 or tokens < 1:
         raise UserError("--channels and --tokens must be at least 1")
     place = choose_device(device)
@@ -35,5 +35,5 @@ def run_calibrate(
     console = Console(stderr=True)
     quiet_unless_terminal()
     with Working(console, "calibrating") as bar:
-        calibrate(model, text_files, method, channels, out, tokens, seed, str(place), bar.update)
-    console.print(f"wrote {out}", style="dim", highlight=False)
+        written = calibrate(model, text_files, method, channels, out, tokens, seed, str(place), bar.update)
+    console.print(f"wrote {written}", style="dim", highlight=False, soft_wrap=True)

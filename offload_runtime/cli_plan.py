@@ -1,17 +1,16 @@
 """`ds-offload plan`: memory and predicted times of a run, from the model's config alone."""
 
 import json
-import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from .cli_exits import warn
 from .cli_options import ModelSource
 from .config import make_config
+from .console import table_console
 from .errors import UserError
 from .memory import FreeMemory, measure
 from .model_check import check_config, check_label_channels, load_config, position_warning
@@ -70,7 +69,7 @@ def free_memory(request: PlanRequest) -> FreeMemory:
 
 
 def print_tables(plan: Plan, times: Times | None, rates: Rates, name: str) -> None:
-    console = Console(file=sys.stdout)
+    console = table_console()
     table = Table("what", "size", title=f"{name}: {plan.batch} x {plan.tokens} tokens, budget {plan.budget}")
     for row in plan.lines():
         table.add_row(*row)

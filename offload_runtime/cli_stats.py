@@ -55,7 +55,7 @@ def print_stats(result: dict[str, Any], choice: str, console: Console) -> None:
         console.print(layer_table(result["layers"]))
     if choice != "none":
         for line in summary(result):
-            console.print(line, style="dim", highlight=False)
+            console.print(line, style="dim", highlight=False, soft_wrap=True)
 
 
 def summary(result: dict[str, Any]) -> list[str]:

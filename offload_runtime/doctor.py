@@ -5,14 +5,13 @@ import importlib.util
 import json
 import platform
 import resource
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from .console import table_console
 from .doctor_gpu import gpu_findings
 from .finding import Finding
 from .memory import cgroup_limits, host_free_bytes
@@ -32,7 +31,7 @@ def run_doctor(as_json: bool) -> None:
     for finding in findings:
         mark = "[green]ok[/]" if finding.ok else "[yellow]warn[/]"
         table.add_row(mark, finding.name, finding.value, finding.fix)
-    Console(file=sys.stdout).print(table)
+    table_console().print(table)
 
 
 def examine() -> Iterator[Finding]:

@@ -272,3 +272,29 @@ def test_plan_json_and_table(tmp_path: Path) -> None:
     table = run("plan", *arguments)
     assert "largest ctx" in table.stdout
     assert "beyond the 2048 positions" in table.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("/no/such/file",), ("/no/such/file",)),
+        ((__file__, "--channels", "0"), ("--channels",)),
+        ((__file__, "--channels", "129"), ("head_dim is 128",)),
+        ((__file__, "--out", "/no/such/folder/c.safetensors"), ("/no/such/folder",)),
+        ((__file__, "--method", "magic"), ("magic",)),
+    ],
+)
+def test_calibrate_refuses(arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+    refused(run("calibrate", *arguments, "--device", "cpu"), 2, *words)
+
+
+def test_calibrate_then_generate(tmp_path: Path, fake: FakeModel) -> None:
+    """A written file is accepted for its model and refused, before any weights load, for another."""
+    file, other = tmp_path / "c.safetensors", tmp_path / "other"
+    text = str(ROOT / "offload_runtime" / "data" / "prose.txt")
+    result = run("calibrate", text, "--tokens", "256", "--channels", "16", "--out", str(file))
+    assert result.exit_code == 0, result.stderr
+    assert run("generate", "--prompt", "a", "--calibration", str(file)).exit_code == 0
+    LlamaConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=2).save_pretrained(other)
+    wrong = run("generate", "--prompt", "a", "--model", str(other), "--calibration", str(file))
+    refused(wrong, 2, "calibration")
