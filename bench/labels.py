@@ -49,7 +49,9 @@ class LayerSample:
     def __post_init__(self) -> None:
         self.queries = self.all_queries[:, self.lengths.long() - 1].transpose(0, 1).contiguous()
         group = self.queries.shape[1] // self.keys.shape[0]
-        logits = torch.einsum("phd,htd->pht", self.queries, self.keys.repeat_interleave(group, 0)) * self.scale
+        logits = (
+            torch.einsum("phd,htd->pht", self.queries, self.keys.repeat_interleave(group, 0)) * self.scale
+        )
         hidden = torch.arange(self.keys.shape[1]) >= self.lengths[:, None]
         logits.masked_fill_(hidden[:, None], float("-inf"))
         self.lse = logits.logsumexp(-1)
@@ -57,7 +59,9 @@ class LayerSample:
 
 
 @torch.no_grad()
-def sample_layers(adapter: ModelAdapter, token_ids: torch.Tensor, positions: torch.Tensor) -> list[LayerSample]:
+def sample_layers(
+    adapter: ModelAdapter, token_ids: torch.Tensor, positions: torch.Tensor
+) -> list[LayerSample]:
     """Run a held-out text [T] at positions [T] and keep what decoding its last quarter would look up."""
     tokens = len(token_ids)
     places = torch.linspace(tokens * 3 // 4, tokens - 1, QUERIES).long()
@@ -196,7 +200,10 @@ def table(
         rows.append(row | measure(samples, maps, bits, runtime))
         print(rows[-1], flush=True)
     combined = {
-        name: {"exact": measure(samples, exact, 32, name), "32 x 4 bit": measure(samples, projected[32], 4, name)}
+        name: {
+            "exact": measure(samples, exact, 32, name),
+            "32 x 4 bit": measure(samples, projected[32], 4, name),
+        }
         for name in COMBINATIONS
     }
     print(combined, flush=True)
@@ -268,11 +275,27 @@ def draw(results: dict[str, Any], path: Path) -> None:
             ("channels", 16, "s"), ("projection", 16, "o"), ("projection", 8, "^"), ("projection", 4, "D")
         ):  # fmt: skip
             rows = [r for r in result["labels"] if (r["method"], r["bits"]) == (method, bits)]
-            panel.plot([r["bytes"] for r in rows], [r["mass"] for r in rows], mark + "-", label=f"{method}, {bits} bit")
+            panel.plot(
+                [r["bytes"] for r in rows],
+                [r["mass"] for r in rows],
+                mark + "-",
+                label=f"{method}, {bits} bit",
+            )
             for row in rows:
-                panel.annotate(row["channels"], (row["bytes"], row["mass"]), (3, 4), textcoords="offset points", fontsize=7)
+                panel.annotate(
+                    row["channels"],
+                    (row["bytes"], row["mass"]),
+                    (3, 4),
+                    textcoords="offset points",
+                    fontsize=7,
+                )
         panel.axhline(result["exact"]["mass"], color="grey", ls="--", label="exact scores")
-        panel.set(xscale="log", xlabel="label bytes a key", ylabel="attention mass found", title=f"{name}: N {result['tokens']:,}, {result['positions']:,} positions")
+        panel.set(
+            xscale="log",
+            xlabel="label bytes a key",
+            ylabel="attention mass found",
+            title=f"{name}: N {result['tokens']:,}, {result['positions']:,} positions",
+        )
         panel.set_xticks([8, 16, 32, 64, 128], ["8", "16", "32", "64", "128"])
         panel.legend(fontsize=8)
     figure.suptitle("One selection of N/16 keys per KV head; numbers are R")
@@ -281,7 +304,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--name", required=True, help="the model's name in the results")
     parser.add_argument("--calibrate", required=True, help="text to calibrate on")

@@ -18,7 +18,9 @@ from .errors import UserError
 
 # Measured: 8,192 tokens give the mass that 16,384 give (bench/results/labels.json); four times that to be safe.
 DEFAULT_TOKENS = 32768
-BLOCK_TOKENS = 4096  # one forward pass; its attention sees far keys, its activations stay small beside weights
+BLOCK_TOKENS = (
+    4096  # one forward pass; its attention sees far keys, its activations stay small beside weights
+)
 
 
 def calibrate(
@@ -48,7 +50,9 @@ def calibrate(
     if tokenizer is None:
         raise UserError(f"model {model} has no tokenizer; calibration needs one to read text")
     adapter = ModelAdapter(loaded)
-    calibration = calibrate_text(adapter, tokenizer, text, Path(model).name, method, channels, tokens, seed, progress)
+    calibration = calibrate_text(
+        adapter, tokenizer, text, Path(model).name, method, channels, tokens, seed, progress
+    )
     calibration.save(target)
     return target
 
@@ -92,7 +96,9 @@ def output_path(model: str | Path, out: str | Path | None) -> Path:
         raise UserError(f"{model} is not a directory, so say where the calibration file goes: --out FILE")
     target = Path(model) / CALIBRATION_FILE if out is None else Path(out)
     if target.is_dir() or not target.parent.is_dir():
-        raise UserError(f"cannot write {target}: its directory does not exist or it is one itself; give a file")
+        raise UserError(
+            f"cannot write {target}: its directory does not exist or it is one itself; give a file"
+        )
     return target
 
 
@@ -105,7 +111,9 @@ def read_texts(text_files: Sequence[str | Path]) -> str:
         try:
             texts.append(Path(path).read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it or give another") from error
+            raise UserError(
+                f"{path} is not UTF-8 text (byte {error.start}); convert it or give another"
+            ) from error
         except OSError as error:
             raise UserError(f"cannot read text file {path}: {error.strerror}") from error
     return "\n\n".join(texts)

@@ -28,7 +28,9 @@ Progress = Callable[[int, int], None]  # (layers x blocks done, layers x blocks 
 SELECTED_SHARE = 16  # predictions are judged by the best N/16 keys, the paper's budget
 SAMPLED_QUERIES = 8  # a block; spread over its second half, where N/16 is a real choice
 PROMPT_TOKENS = 1024  # of a prompt when there is no file; 4,096 gain under 0.01 (bench/results/labels.json)
-MIN_RECALL = 0.5  # measured: layers that predict badly 0.13-0.29, the others 0.5-0.82 (SmolLM2-135M, tiny-256k)
+MIN_RECALL = (
+    0.5  # measured: layers that predict badly 0.13-0.29, the others 0.5-0.82 (SmolLM2-135M, tiny-256k)
+)
 
 
 @dataclass
@@ -42,7 +44,9 @@ class Collection:
         """Moments of every layer; UserError when a layer showed none or the layers differ in shape."""
         seen = [moments for moments in self.moments if moments is not None]
         if len(seen) < len(self.moments):
-            raise UserError("some layers of this model have no attention that can be seen; it is not supported")
+            raise UserError(
+                "some layers of this model have no attention that can be seen; it is not supported"
+            )
         shapes = {(m.group, *m.key_sum.shape) for m in seen}
         if len(shapes) > 1:
             raise UserError(

@@ -135,7 +135,9 @@ def label_maps(
     squares = squares[:, -channels:].clamp_min(0)
     s = squares.sqrt()[:, :, None]  # [Hkv, R, 1]
     w = vectors[:, :, -channels:].mT @ factor.mT  # [Hkv, R, D]
-    inverse = torch.where(s > s.amax(1, keepdim=True) * 1e-9, 1 / s, 0)  # 1e-9: float64 noise of a square root
+    inverse = torch.where(
+        s > s.amax(1, keepdim=True) * 1e-9, 1 / s, 0
+    )  # 1e-9: float64 noise of a square root
     rotation = spread(channels).to(s)
     query_map = rotation @ (inverse.sqrt() * w)
     key_map = rotation @ (inverse**1.5 * (w @ cq))
