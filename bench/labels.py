@@ -146,8 +146,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure, panels = plt.subplots(1, len(results), figsize=(6 * len(results), 4.2), squeeze=False)
     for panel, (name, result) in zip(panels[0], results.items(), strict=True):
         for method, bits, mark in (
-            ("channels", 16, "s"), ("channels", 4, "v"), ("projection", 16, "o"), ("projection", 8, "^"), ("projection", 4, "D")
-        ):  # fmt: skip
+            ("channels", 16, "s"),
+            ("channels", 4, "v"),
+            ("projection", 16, "o"),
+            ("projection", 8, "^"),
+            ("projection", 4, "D"),
+        ):
             rows = [r for r in result["labels"] if (r["method"], r["bits"]) == (method, bits)]
             points = [(r["bytes"], r["far"]) for r in rows]
             panel.plot(*zip(*points, strict=True), mark + "-", label=f"{method}, {bits} bit")

@@ -5,7 +5,7 @@ and a projection made from those misses what keys look like elsewhere. So each b
 batch of two: row 0 is the text at its own positions; row 1 is given row 0's hidden
 states before every layer, but positions drawn from the whole range of the model.
 Moments come from row 1: the same contents, turned to every place they may have.
-RoPE makes that fair: what a key says does not depend on where it stands.
+With RoPE that is fair: where a key stands changes its angles, not its contents.
 """
 
 import json
@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]  # (layers x blocks done, layers x blocks 
 
 SELECTED_SHARE = 16  # predictions are judged by the best N/16 keys, the paper's budget
 SAMPLED_QUERIES = 8  # a block; spread over its second half, where N/16 is a real choice
-PROMPT_TOKENS = 1024  # of a prompt when there is no file; 4,096 gain under 0.01 (bench/results/labels.json)
+PROMPT_TOKENS = 1024  # of a prompt when there is no file; 4,096 gain under 0.004 (bench/results/labels.json)
 # Measured on SmolLM2-135M and tiny-256k: layers that predict badly reach 0.13-0.29, the others 0.5-0.82.
 MIN_RECALL = 0.5
 
@@ -214,9 +214,9 @@ def calibrate_prompt(
 ) -> Calibration:
     """The projection for a model without a file, from the first tokens [T] of a prompt.
 
-    positions: as far as the sequence may grow. Measured on 1,024 tokens: nearly
-    what a file gives, where moments of the same tokens at their own places give
-    less than half of it (bench/results/labels.json).
+    positions: as far as the sequence may grow. Measured (bench/results/labels.json): from
+    1,024 tokens it finds 0.87 of the far mass on tiny-256k and 0.76 on SmolLM2-135M, as a
+    file does; the same tokens' moments at their own places find 0.40 and 0.56.
     """
     collection = collect(adapter, [token_ids[:PROMPT_TOKENS]], positions, seed)
     facts = {"model": "the model of this prompt", "tokens": str(min(len(token_ids), PROMPT_TOKENS))}

@@ -23,7 +23,9 @@ a score. One scale a token makes d grow with the widest channel. After a rotatio
 that spreads every direction evenly over the R channels (H^T H = I leaves A^T B alone)
 all channels have the mean variance tr(S^(2-2a)) / R, and the error grows with
 tr(S^(2-2a)) tr(S^(2a)), least at a = 1/2 (Cauchy-Schwarz), where it is tr(S)^2;
-without rotation it is s_1 tr(S) at a = 1/2. Hence a = 1/2 and a rotation.
+without rotation it is s_1 tr(S) at a = 1/2. Hence a = 1/2 and a rotation. It costs
+nothing at run time; in attention mass found at 4 bits it moves less than 0.001
+(bench/results/labels.json), because rounding is a small part of the whole error.
 """
 
 from dataclasses import dataclass
