@@ -15,12 +15,10 @@ from .calibration_maps import METHODS, check_request
 from .config import DEFAULT_LABEL_CHANNELS
 from .engine import CALIBRATION_FILE, choose_device, load_tokenizer
 from .errors import UserError
+from .model_check import first_line
 
-# Measured: 8,192 tokens give the mass that 16,384 give (bench/results/labels.json); four times that to be safe.
-DEFAULT_TOKENS = 32768
-BLOCK_TOKENS = (
-    4096  # one forward pass; its attention sees far keys, its activations stay small beside weights
-)
+DEFAULT_TOKENS = 32768  # measured: 8,192 give the mass that 16,384 give; four times that to be safe
+BLOCK_TOKENS = 4096  # one forward pass: long enough for N/16 to be a choice, small beside the weights
 
 
 def calibrate(
@@ -49,11 +47,9 @@ def calibrate(
     tokenizer = load_tokenizer(model, {})
     if tokenizer is None:
         raise UserError(f"model {model} has no tokenizer; calibration needs one to read text")
-    adapter = ModelAdapter(loaded)
-    calibration = calibrate_text(
-        adapter, tokenizer, text, Path(model).name, method, channels, tokens, seed, progress
-    )
-    calibration.save(target)
+    adapter, name = ModelAdapter(loaded), Path(model).name
+    made = calibrate_text(adapter, tokenizer, text, name, method, channels, tokens, seed, progress)
+    made.save(target)
     return target
 
 
@@ -96,9 +92,7 @@ def output_path(model: str | Path, out: str | Path | None) -> Path:
         raise UserError(f"{model} is not a directory, so say where the calibration file goes: --out FILE")
     target = Path(model) / CALIBRATION_FILE if out is None else Path(out)
     if target.is_dir() or not target.parent.is_dir():
-        raise UserError(
-            f"cannot write {target}: its directory does not exist or it is one itself; give a file"
-        )
+        raise UserError(f"cannot write {target}: give a file in a directory that exists")
     return target
 
 
@@ -111,9 +105,7 @@ def read_texts(text_files: Sequence[str | Path]) -> str:
         try:
             texts.append(Path(path).read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path} is not UTF-8 text (byte {error.start}); convert it or give another"
-            ) from error
+            raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
         except OSError as error:
             raise UserError(f"cannot read text file {path}: {error.strerror}") from error
     return "\n\n".join(texts)
@@ -125,6 +117,6 @@ def load_model(model: str | Path, place: torch.device) -> PreTrainedModel:
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"cannot load model {model}: {lines[0]}") from error
-    return loaded.to(place).eval()
+        raise UserError(f"cannot load model {model}: {first_line(error)}") from error
+    torch.nn.Module.to(loaded, place)
+    return loaded.eval()

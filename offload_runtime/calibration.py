@@ -123,10 +123,8 @@ def rope_facts(text: Any) -> dict[str, Any]:
     """How positions rotate: rope_parameters, or what older configs call rope_theta and rope_scaling."""
     parameters = getattr(text, "rope_parameters", None)
     if parameters is None:
-        parameters = {
-            "rope_theta": getattr(text, "rope_theta", None),
-            **(text.to_dict().get("rope_scaling") or {}),
-        }
+        scaling = getattr(text, "rope_scaling", None) or {}
+        parameters = {"rope_theta": getattr(text, "rope_theta", None), **scaling}
     return {name: value for name, value in parameters.items() if value is not None and value != "default"}
 
 

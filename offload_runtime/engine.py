@@ -122,7 +122,7 @@ class OffloadedModel:
             raise UserError("the prompt is empty; give input_ids of shape [batch, tokens]")
         if not resume and self._session is not None:
             self._session.clear()
-        left_ids, left_mask = pad_left(input_ids, attention_mask)
+        left_ids, left_mask = pad_left(input_ids.to(self.model.device), attention_mask)
         if streamer is not None:
             streamer.put(input_ids.cpu())
         if self.model.device.type == "cuda":
@@ -136,9 +136,8 @@ class OffloadedModel:
         )  # fmt: skip
         assert loop.session is not None
         self.stats = self._collect(loop, left_ids.shape)
-        if left_ids is not input_ids:
-            restore = out if isinstance(out, torch.Tensor) else out.sequences
-            restore[:, : input_ids.shape[1]] = input_ids
+        ids = out if isinstance(out, torch.Tensor) else out.sequences
+        ids[:, : input_ids.shape[1]] = input_ids  # padded as the caller had it
         return out
 
     def _open_session(self, prompts: list[torch.Tensor], new_tokens: int) -> Session:
@@ -194,9 +193,12 @@ class OffloadedModel:
         }
 
     def close(self) -> None:
-        """Free the caches and their pinned memory."""
+        """Free the caches, their pinned memory and the matrix library's workspaces."""
         self._session = None
         gc.collect()
+        if self.model.device.type == "cuda":
+            torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.empty_cache()
 
     def __enter__(self) -> "OffloadedModel":
         return self
@@ -251,5 +253,6 @@ def pad_left(
     """The same batch with its padding on the left, where transformers expects it."""
     if attention_mask is None or bool(attention_mask[:, -1].all()):
         return input_ids, attention_mask
+    attention_mask = attention_mask.to(input_ids.device)
     order = attention_mask.long().argsort(dim=1, stable=True)  # hidden tokens first, order kept
     return input_ids.gather(1, order), attention_mask.gather(1, order)

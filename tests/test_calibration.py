@@ -109,10 +109,8 @@ def test_channels_finds_planted_outliers():
 def test_channel_criteria_look_at_what_they_name():
     queries, keys = torch.ones(2, 8, 6), torch.ones(1, 8, 6)
     queries[..., 1], keys[..., 4], queries[..., 5], keys[..., 5] = 5, 5, 3, 3
-    best = [
-        calibrate_layer(queries, keys, 1, m)[1].argmax().item()
-        for m in ("channels-q", "channels-k", "channels")
-    ]
+    methods = "channels-q", "channels-k", "channels"
+    best = [calibrate_layer(queries, keys, 1, method)[1].argmax().item() for method in methods]
     assert best == [1, 4, 5]
 
 
@@ -187,11 +185,8 @@ def test_collection_sees_every_token_of_every_layer(config):
     def handler_of(index):
         def handle(call):
             plain[index] += float(call.key.double().square().sum())
-            logits = (
-                call.query.float()
-                @ call.key.repeat_interleave(call.query.shape[1] // call.key.shape[1], 1).mT.float()
-                * call.scale
-            )
+            group = call.query.shape[1] // call.key.shape[1]
+            logits = call.query @ call.key.repeat_interleave(group, 1).mT * call.scale
             count = logits.shape[-1]
             age = torch.arange(count)[:, None] - torch.arange(count)
             hidden = (age < 0) | ((age >= call.window) if call.window else False)
@@ -200,8 +195,7 @@ def test_collection_sees_every_token_of_every_layer(config):
                 sink = call.sink_logits.view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
                 logits = torch.cat([logits, sink], -1)
             mass = logits.softmax(-1)[..., :count]
-            values = call.value.repeat_interleave(call.query.shape[1] // call.key.shape[1], 1)
-            return (mass @ values).transpose(1, 2)
+            return (mass @ call.value.repeat_interleave(group, 1)).transpose(1, 2)
 
         return handle
 
@@ -293,12 +287,11 @@ def test_command_errors_name_what_is_wrong(model_directory, text_file, tmp_path)
     fails("needs a text", texts=[])
     fails("choose one of", method="magic")
     fails("say where", model="some-org/some-model")
-    fails("does not exist", out=tmp_path / "nowhere" / "file")
+    fails("in a directory that exists", out=tmp_path / "nowhere" / "file")
     fails("load model", model=tmp_path, out=tmp_path / "file")
+    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_embd=16, n_head=2, n_layer=1, vocab_size=50))
     with pytest.raises(UserError, match="GPT2LMHeadModel is not supported"):
-        ModelAdapter(
-            AutoModelForCausalLM.from_config(GPT2Config(n_embd=16, n_head=2, n_layer=1, vocab_size=50))
-        )
+        ModelAdapter(gpt2)
 
 
 def test_file_round_trip_and_foreign_models(tmp_path):
@@ -338,9 +331,7 @@ def test_unreadable_and_unwritable_files(tmp_path):
 def test_prompt_calibration_holds_at_places_the_prompt_did_not_reach():
     """Moments at a prompt's own first places miss keys that RoPE has turned further; random places do not."""
     adapter = ModelAdapter(AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval())
-    ids = torch.tensor(
-        list(b"The pass key for the silly walrus is 48213. It was a dark and stormy night. " * 3)
-    )
+    ids = torch.tensor(list(b"The pass key for silly-walrus is 48213. It was a dark and stormy night. " * 3))
     calls = []
 
     def keep(call):
@@ -356,9 +347,8 @@ def test_prompt_calibration_holds_at_places_the_prompt_did_not_reach():
     def error(far, maps):
         exact = far.query[0].double() @ far.key[0].double().repeat_interleave(2, 0).mT
         wrong = approximate(far.query[0], far.key[0], maps) - exact
-        return (
-            (wrong - wrong.mean(-1, keepdim=True)).square().mean()
-        )  # a shift of all scores selects the same
+        wrong -= wrong.mean(-1, keepdim=True)  # a shift of all scores selects the same keys
+        return wrong.square().mean()
 
     own = [
         error(far, calibrate_layer(near.query[0], near.key[0], 32))
