@@ -34,7 +34,8 @@ def shape_config(name: str, positions: int) -> PretrainedConfig:
     if name == "mixtral-8x7b":
         return MixtralConfig(
             vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-            num_attention_heads=32, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2, **common,
+            num_attention_heads=32, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2,
+            **common,
         )  # fmt: skip
     raise SystemExit(f"unknown shape {name!r}; choose llama-3.1-8b, llama-2-7b, qwen2.5-7b or mixtral-8x7b")
 

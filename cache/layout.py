@@ -77,8 +77,12 @@ class KVLayout:
         """GPU bytes shared by all layers: three workspaces (scores, miss lists) and three selections."""
         miss_lists = self.heads * (2 * self.budget + 1) * INT32_BYTES
         scores = self.heads * self.capacity * SCORE_BYTES
-        selection = (self.heads * self.budget + self.batch) * INT32_BYTES
-        return 3 * (scores + miss_lists) + 3 * selection
+        return 3 * (scores + miss_lists + self.selection_bytes)
+
+    @property
+    def selection_bytes(self) -> int:
+        """GPU bytes of one selection: tokens [B, Hkv, K] and counts [B]."""
+        return (self.heads * self.budget + self.batch) * INT32_BYTES
 
     @property
     def gpu_bytes(self) -> int:

@@ -207,14 +207,10 @@ def needs_for(
 
 
 def workspace_bytes(shape: ModelShape, layout: KVLayout, config: RuntimeConfig) -> int:
-    """Decode scratch: two workspaces (scores, misses), three selections, one step's logits.
-
-    Sticky selection keeps one more selection a layer.
-    """
-    workspace = layout.heads * 4 * (layout.capacity + 2 * layout.budget)  # float32 scores, int32 misses
-    selections = 3 + (layout.layers if config.new_rows is not None else 0)
+    """Decode scratch: what the layers share, one step's logits, a selection a layer if sticky."""
     logits = 3 * layout.batch * shape.vocab * 4  # float32: logits, processed scores, probabilities
-    return 2 * workspace + selections * layout.heads * layout.budget * 4 + logits
+    sticky = layout.layers * layout.selection_bytes if config.new_rows is not None else 0
+    return layout.workspace_bytes + sticky + logits
 
 
 def prefill_bytes(

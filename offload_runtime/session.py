@@ -166,7 +166,7 @@ def make_layout(
 
 
 def predicted_layers(config: RuntimeConfig, calibration: Calibration | None, layers: int) -> frozenset[int]:
-    """Layers whose selection is predicted: none in mode "off", else all but 0 and what calibration excludes."""
+    """Layers with a predicted selection: none in mode "off", else all but 0 and what calibration excludes."""
     if config.prefetch == "off":
         return frozenset()
     excluded = {0} | set(calibration.unpredicted_layers if calibration is not None else ())

@@ -8,6 +8,9 @@ from .cache.layout import KVLayout
 from .kernels.residency import FROM_PREDICTION, HITS, SELECTED
 
 GB = 1e9
+# cuBLAS keeps 32 MiB for every stream that multiplies matrices (measured, H100): prefill's
+# stream, the one a CUDA graph is captured on and the prefetcher's.
+CUBLAS_BYTES = 3 * (32 << 20)
 
 
 def layer_stats(cache: LayerCache, attends_predicted: bool) -> dict[str, Any]:
@@ -55,8 +58,8 @@ def memory(
 ) -> dict[str, float | None]:
     """Planned and measured memory in GB; the measured peaks are None on CPU.
 
-    gpu_plan_gb is what decode should need: weights and caches, everything but
-    one token's activations.
+    gpu_plan_gb is what decode should need: weights, caches and the matrix
+    library's workspaces, everything but one token's activations.
     """
 
     def in_gb(count: int | None) -> float | None:
@@ -66,7 +69,7 @@ def memory(
         "pinned_gb": layout.layers * layout.host_bytes / GB,
         "weights_gb": weight_bytes / GB,
         "gpu_cache_gb": layout.gpu_bytes / GB,
-        "gpu_plan_gb": (weight_bytes + layout.gpu_bytes) / GB,
+        "gpu_plan_gb": (weight_bytes + layout.gpu_bytes + CUBLAS_BYTES) / GB,
         "gpu_prefill_peak_gb": in_gb(prefill_peak),
         "gpu_decode_peak_gb": in_gb(decode_peak),
     }

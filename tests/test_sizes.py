@@ -1,0 +1,64 @@
+"""Memory contracts: nothing S x S in prefill, nothing S x Hq x D in decode, bytes as planned."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .models import offloaded, random_ids, random_llama
+
+TOKENS, CHUNK = 1500, 64
+
+
+class LargestResult(TorchDispatchMode):
+    """Remembers the most elements that any op's new result had; views and in-place results are not new."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {item.untyped_storage().data_ptr() for item in args if isinstance(item, torch.Tensor)}
+        for item in result if isinstance(result, tuple | list) else [result]:
+            fresh = isinstance(item, torch.Tensor) and item.untyped_storage().data_ptr() not in given
+            if fresh:
+                self.elements = max(self.elements, item.numel())
+        return result
+
+
+def test_prefill_makes_nothing_of_size_s_by_s():
+    model = random_llama()
+    runtime = offloaded(model, budget=24, chunk_tokens=CHUNK, ctx=TOKENS + 8)
+    with LargestResult() as seen:
+        runtime.generate(random_ids(TOKENS), max_new_tokens=1, do_sample=False)
+    heads = model.config.num_attention_heads
+    assert seen.elements < TOKENS * TOKENS
+    assert seen.elements <= max(
+        heads * CHUNK * TOKENS, 2 * 2 * 64 * (TOKENS + 8)
+    )  # a chunk's logits or the rows
+
+
+def test_decode_makes_nothing_of_size_s_by_heads_by_dim():
+    model = random_llama()
+    runtime = offloaded(model, budget=24, ctx=TOKENS + 64)
+    ids = runtime.generate(random_ids(TOKENS), max_new_tokens=2, do_sample=False)
+    with LargestResult() as seen:
+        runtime._session.step(ids[:, -1])
+    assert seen.elements < TOKENS * model.config.num_attention_heads * model.config.head_dim / 4
+
+
+def test_allocated_bytes_equal_the_layout():
+    runtime = offloaded(random_llama(), budget=24, new_rows=None)
+    runtime.generate(random_ids(300), max_new_tokens=2, do_sample=False)
+    session = runtime._session
+    layout, cache = session.layout, session.caches[0]
+    size = lambda *tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
+    resident = cache.resident
+    assert size(cache.host.rows) == layout.host_bytes
+    assert size(cache.labels.codes, cache.labels.scales) == layout.label_bytes
+    assert size(resident.slots) == layout.slot_bytes
+    assert size(resident.slot_of_token, resident.token_in_slot, resident.stamps) == layout.map_bytes
+    works = [session.prefetcher.work, *session.prefetcher.side_works]
+    scratch = size(*(t for work in works for t in vars(work).values()))
+    selections = [session.prefetcher.selection, *session.prefetcher.predictions]
+    scratch += size(*(t for selection in selections for t in vars(selection).values()))
+    assert scratch == layout.workspace_bytes
