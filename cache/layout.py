@@ -5,6 +5,7 @@ aligned wherever head_dim is a multiple of 16 (16-bit models), which every
 common model has; off that alignment some GPUs gather 4 to 18 times slower.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ class KVLayout:
     label_channels: int  # R
     label_bits: int
     dtype: torch.dtype
+    windows: tuple[int, ...] = ()  # tokens of each sliding layer's ring; `layers` are the offloaded ones
 
     @property
     def row_elements(self) -> int:
@@ -73,6 +75,11 @@ class KVLayout:
         return self.heads * (self.capacity + 2 * self.slots) * INT32_BYTES
 
     @property
+    def window_bytes(self) -> int:
+        """GPU bytes of all sliding layers' rings."""
+        return self.heads * sum(self.windows) * self.row_bytes
+
+    @property
     def workspace_bytes(self) -> int:
         """GPU bytes shared by all layers: three workspaces (scores, miss lists) and three selections."""
         miss_lists = self.heads * (2 * self.budget + 1) * INT32_BYTES
@@ -87,4 +94,10 @@ class KVLayout:
     @property
     def gpu_bytes(self) -> int:
         """GPU bytes of all layers' caches and of what they share."""
-        return self.layers * (self.label_bytes + self.slot_bytes + self.map_bytes) + self.workspace_bytes
+        offloaded = self.layers * (self.label_bytes + self.slot_bytes + self.map_bytes)
+        return offloaded + self.window_bytes + self.workspace_bytes
+
+
+def biting(windows: Sequence[int], capacity: int) -> tuple[int, ...]:
+    """Each layer's window, 0 where there is none or where it holds every token that fits."""
+    return tuple(window if window < capacity else 0 for window in windows)

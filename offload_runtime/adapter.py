@@ -7,7 +7,7 @@ run on this layer's input until it hands over its query.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from .architectures import layer_windows, length_rotary, rotary_kinds
 from .errors import UserError
+from .model_check import check_config
 
 IMPLEMENTATION = "ds_offload"
 
@@ -68,7 +70,7 @@ def offloaded_attention(
     handler: Handler = module.offload_handler  # type: ignore[assignment]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = AttentionCall(query, key, value, scale, softcap or 0.0, sliding_window or 0, s_aux)
-    return handler(call), None
+    return handler(call).contiguous(), None  # as transformers' own; some families view it
 
 
 def no_mask(*_: Any, **__: Any) -> None:
@@ -83,6 +85,7 @@ class ModelAdapter:
     """A transformers causal LM seen as a list of decoder layers with attention modules."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        check_config(model.config)
         self.model = model
         self.base = model.get_decoder()
         layers = getattr(self.base, "layers", None)
@@ -101,6 +104,10 @@ class ModelAdapter:
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )
         self.trained_positions: int = getattr(config, "max_position_embeddings", 0) or 0
+        self.windows = layer_windows(model.config)
+        self.rotary_kinds = rotary_kinds(model.config)
+        self.rotary_tables: dict[str, Any] = {}  # of the step at work, where they differ by layer
+        self.length_rotary = length_rotary(self.base, model.config)
 
     @property
     def device(self) -> torch.device:
@@ -115,10 +122,12 @@ class ModelAdapter:
         """Route every layer's attention to its handler; restore the model's own attention afterwards."""
         before = self.model.config._attn_implementation
         self.model.set_attn_implementation(IMPLEMENTATION)
+        held = nullcontext() if self.length_rotary is None else self.length_rotary.held()
         try:
             for attention, handler in zip(self.attentions, handlers, strict=True):
                 attention.offload_handler = handler
-            yield
+            with held:
+                yield
         finally:
             for attention in self.attentions:
                 if hasattr(attention, "offload_handler"):
@@ -139,11 +148,37 @@ class ModelAdapter:
             layer.register_forward_pre_hook(hook_for(index), with_kwargs=True)
             for index, layer in enumerate(self.layers)
         ]
+        if any(self.rotary_kinds):
+            rotary = self.base.get_submodule("rotary_emb")
+            handles.append(rotary.register_forward_hook(self._keep_table, with_kwargs=True))
         try:
             yield
         finally:
+            self.rotary_tables = {}
             for handle in handles:
                 handle.remove()
+
+    def _keep_table(
+        self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], out: Any
+    ) -> None:
+        self.rotary_tables[keywords["layer_type"] if "layer_type" in keywords else arguments[2]] = out
+
+    def check_call(self, index: int, call: AttentionCall) -> None:
+        """UserError when a layer's attention has another shape or window than the config says."""
+        heads = (call.query.shape[1], call.key.shape[1], call.value.shape[1])
+        dims = {part.shape[3] for part in (call.query, call.key, call.value)}
+        name = type(self.attentions[index]).__name__
+        if heads != (self.query_heads, self.kv_heads, self.kv_heads) or dims != {self.head_dim}:
+            raise UserError(
+                f"{name} is not supported: queries, keys and values of layer {index} have {heads} heads of "
+                f"{sorted(dims)} numbers where the config says {self.query_heads} and {self.kv_heads} of "
+                f"{self.head_dim}"
+            )
+        if call.window != self.windows[index]:
+            raise UserError(
+                f"{name} is not supported: layer {index} attends to {call.window or 'all'} tokens where the "
+                f"config says {self.windows[index] or 'all'}"
+            )
 
     def predicted_query(
         self, index: int, hidden: torch.Tensor, keywords: dict[str, Any]
@@ -152,6 +187,9 @@ class ModelAdapter:
         layer, attention = self.layers[index], self.attentions[index]
         norm = getattr(layer, "input_layernorm", None)
         handler = attention.offload_handler
+        kind = self.rotary_kinds[index]
+        if kind is not None and kind != self.rotary_kinds[index - 1]:
+            keywords = {**keywords, "position_embeddings": self.rotary_tables[kind]}
         attention.offload_handler = stop_at_query
         unused = [getattr(attention, name) for name in ("k_proj", "v_proj") if hasattr(attention, name)]
         try:

@@ -7,6 +7,7 @@ import torch
 
 from .adapter import AttentionCall, ModelAdapter
 from .cache.layer_cache import BatchState, LayerCache
+from .cache.window_cache import WindowCache
 from .fusion import Fusion
 from .prefetch.scheduler import Prefetcher
 
@@ -21,7 +22,7 @@ class DecodeLoop:
     def __init__(
         self,
         adapter: ModelAdapter,
-        caches: list[LayerCache],
+        caches: list[LayerCache | WindowCache],
         state: BatchState,
         prefetcher: Prefetcher,
         use_graph: bool,
@@ -73,8 +74,11 @@ class DecodeLoop:
             cache = self.caches[index]
             query = call.query[:, :, 0]  # [B, Hq, D]
             cache.append(call.key[:, :, 0], call.value[:, :, 0])
-            selection = self.prefetcher.selection_for(index, query, call.scale)
-            out = cache.attend(query, selection, call.scale, call.softcap, call.sink_logits)
+            if isinstance(cache, WindowCache):
+                out = cache.attend(query, call.scale, call.softcap, call.sink_logits)
+            else:
+                selection = self.prefetcher.selection_for(index, query, call.scale)
+                out = cache.attend(query, selection, call.scale, call.softcap, call.sink_logits)
             return out[:, None]  # [B, 1, Hq, D]
 
         return handle

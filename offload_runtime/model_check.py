@@ -9,10 +9,13 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .architectures import layer_windows
 from .errors import UserError
 
 SUPPORTED_LAYERS = ("full_attention", "sliding_attention")
 STATE_SPACE_FIELDS = ("ssm_state_size", "state_size", "mamba_d_state", "conv_L_cache", "rwkv_hidden_size")
+# Attention that the config does not tell apart from the usual one.
+OTHER_ATTENTION = {"diffllama": "differential attention"}
 DECODERS_WANTED = "ds-offload decodes causal LMs of rotary full-attention layers (Llama, Qwen, Mistral, ...)"
 
 
@@ -30,6 +33,7 @@ class ModelShape:
     vocab: int
     trained_positions: int
     dtype: torch.dtype
+    windows: tuple[int, ...]  # tokens each layer sees, 0 for all
 
 
 def load_config(
@@ -86,6 +90,7 @@ def read_shape(config: PretrainedConfig) -> ModelShape:
         vocab=text.vocab_size,
         trained_positions=trained_positions(text),
         dtype=config_dtype(config, text),
+        windows=layer_windows(config),
     )
 
 
@@ -111,6 +116,8 @@ def why_unsupported(config: PretrainedConfig) -> str | None:
         return "some of its layers attend to keys that are not their own"
     if (getattr(text, "v_head_dim", None) or head_dim(text)) != head_dim(text):
         return "its values have another head size than its keys"
+    if config.model_type in OTHER_ATTENTION:
+        return f"it has {OTHER_ATTENTION[config.model_type]}"
     remote = bool(getattr(config, "auto_map", None))
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not remote:
         return "transformers has no causal LM of this type"

@@ -11,7 +11,7 @@ from fractions import Fraction
 import torch
 from transformers import PretrainedConfig
 
-from .cache.layout import KVLayout
+from .cache.layout import KVLayout, biting
 from .config import DEFAULT_LABEL_CHANNELS, RuntimeConfig, label_width, parse_budget
 from .errors import RunError
 from .memory import FreeMemory
@@ -173,8 +173,9 @@ def layout_of(shape: ModelShape, config: RuntimeConfig, tokens: int, batch: int)
     capacity = config.capacity(tokens)
     budget = config.budget_tokens(capacity)
     channels = config.label_channels or DEFAULT_LABEL_CHANNELS
+    windows = tuple(window for window in biting(shape.windows, capacity) if window)
     return KVLayout(
-        layers=shape.layers,
+        layers=shape.layers - len(windows),
         batch=batch,
         query_heads=shape.query_heads,
         kv_heads=shape.kv_heads,
@@ -187,6 +188,7 @@ def layout_of(shape: ModelShape, config: RuntimeConfig, tokens: int, batch: int)
         label_channels=label_width(min(channels, shape.head_dim)),
         label_bits=config.label_bits,
         dtype=shape.dtype,
+        windows=windows,
     )
 
 
@@ -197,7 +199,7 @@ def needs_for(
     return Needs(
         weights=weight_bytes,
         labels=layout.layers * layout.label_bytes,
-        slots=layout.layers * layout.slot_bytes,
+        slots=layout.layers * layout.slot_bytes + layout.window_bytes,
         maps=layout.layers * layout.map_bytes,
         workspace=workspace_bytes(shape, layout, config),
         prefill=prefill_bytes(shape, layout, config, tokens, on_gpu),

@@ -15,7 +15,9 @@ from torch import nn
 
 from .adapter import AttentionCall, ModelAdapter
 from .cache.layer_cache import LayerCache
+from .cache.window_cache import WindowCache
 from .calibration import calibrate_layer
+from .errors import UserError
 from .kernels.prefill_attention import prefill_attention
 from .prefetch.row_writer import RowWriter
 
@@ -31,7 +33,7 @@ class PrefillRun:
     def __init__(
         self,
         adapter: ModelAdapter,
-        caches: Sequence[LayerCache],
+        caches: Sequence[LayerCache | WindowCache],
         sequence: int,
         total: int,
         kept: int,
@@ -61,16 +63,20 @@ class PrefillRun:
                 input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=1
             ).logits
         self.writer.finish()
+        if self.done != (self.total - self.kept) * len(self.caches):
+            name = type(self.adapter.attentions[0]).__name__
+            raise UserError(f"{name} is not supported: it does not use transformers' attention interface")
         return logits[:, -1]
 
     def _handler(self, index: int) -> Callable[[AttentionCall], torch.Tensor]:
         def handle(call: AttentionCall) -> torch.Tensor:
+            self.adapter.check_call(index, call)
             return self._attend(self.caches[index], call)
 
         return handle
 
-    def _attend(self, cache: LayerCache, call: AttentionCall) -> torch.Tensor:
-        """Stage one chunk's rows, label them, send them out, attend."""
+    def _attend(self, cache: LayerCache | WindowCache, call: AttentionCall) -> torch.Tensor:
+        """Stage one chunk's rows; those of an offloaded layer get labels and go out; attend."""
         if self.position == self.kept and self.kept:
             self._load_kept_rows(cache)
         count = call.key.shape[2]
@@ -79,26 +85,37 @@ class PrefillRun:
         dim = call.key.shape[-1]
         self.rows[:, span, :dim] = call.key[0]
         self.rows[:, span, dim : 2 * dim] = call.value[0]
+        if isinstance(cache, LayerCache):
+            self._offload(cache, call, span)
+        window = cache.window if isinstance(cache, WindowCache) else 0
+        out = prefill_attention(
+            call.query, self.rows[:, : span.stop], call.scale, window, call.softcap, call.sink_logits
+        )
+        self._advance(cache, count)
+        return out
+
+    def _offload(self, cache: LayerCache, call: AttentionCall, span: slice) -> None:
         if self.position == 0 and self.self_calibrate is not None:
             cache.maps.set(*calibrate_layer(call.query[0], call.key[0], self.self_calibrate))
         starts = torch.tensor([span.start], dtype=torch.int32, device=call.key.device)
         cache.labels.write(call.key, cache.maps, starts, self.sequence)
         self.writer.write(self.rows[:, span], cache.host.rows[self.sequence, :, span], span.start)
-        out = prefill_attention(
-            call.query, self.rows[:, : span.stop], call.scale, call.window, call.softcap, call.sink_logits
-        )
-        self._advance(cache, count)
-        return out
 
-    def _load_kept_rows(self, cache: LayerCache) -> None:
+    def _load_kept_rows(self, cache: LayerCache | WindowCache) -> None:
         """Bring the rows of the tokens that are cached already: [Hkv, kept, row]."""
         self.writer.finish()
+        if isinstance(cache, WindowCache):
+            cache.restore(self.sequence, self.rows[:, : self.kept])
+            return
         self.rows[:, : self.kept].copy_(cache.host.rows[self.sequence, :, : self.kept], non_blocking=True)
 
-    def _advance(self, cache: LayerCache, count: int) -> None:
+    def _advance(self, cache: LayerCache | WindowCache, count: int) -> None:
         self.position += count
         if self.position == self.total:
-            cache.resident.load_fixed(self.sequence, self.rows)
+            if isinstance(cache, WindowCache):
+                cache.load(self.sequence, self.rows)
+            else:
+                cache.resident.load_fixed(self.sequence, self.rows)
             self.position = self.kept
         self.done += count
         if self.on_progress is not None:

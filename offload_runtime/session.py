@@ -1,13 +1,14 @@
 """A session: the caches of one batch, its prefill and its decode steps."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from .adapter import ModelAdapter
 from .cache.layer_cache import BatchState, LayerCache
-from .cache.layout import KVLayout
+from .cache.layout import KVLayout, biting
+from .cache.window_cache import WindowCache
 from .calibration import Calibration
 from .config import DEFAULT_LABEL_CHANNELS, RuntimeConfig, label_width
 from .decode import DecodeLoop, query_predictor
@@ -36,15 +37,13 @@ class Session:
 
         self.state = BatchState(integers(batch), integers(batch), integers(batch), integers(1))
         self.allocator = ThreadPoolExecutor(1, thread_name_prefix="pinned-rows")
-        self.caches = [
-            LayerCache(self.layout, self.state, device, config.new_rows, self.allocator)
-            for _ in adapter.layers
-        ]
+        self.caches = [self._make_cache(window) for window in biting(adapter.windows, capacity)]
+        self.offloaded = {i: cache for i, cache in enumerate(self.caches) if isinstance(cache, LayerCache)}
         self.prefetcher = Prefetcher(
             self.layout,
-            self.caches,
+            self.offloaded,
             query_predictor(adapter),
-            predicted_layers(config, calibration, len(self.caches)),
+            predicted_layers(config, calibration, self.offloaded),
             config.prefetch == "predict",
             device,
             delay_cycles,
@@ -53,12 +52,18 @@ class Session:
         self.cached_ids: list[torch.Tensor] = [torch.empty(0, dtype=torch.long)] * batch
         self.set_maps()
 
+    def _make_cache(self, window: int) -> LayerCache | WindowCache:
+        device = self.adapter.device
+        if window:
+            return WindowCache(self.layout, self.state, window, device)
+        return LayerCache(self.layout, self.state, device, self.config.new_rows, self.allocator)
+
     def set_maps(self) -> None:
-        """Give every layer its label maps from the calibration, if there is one."""
+        """Give every offloaded layer its label maps from the calibration, if there is one."""
         if self.calibration is None:
             return
         c = self.calibration
-        for index, cache in enumerate(self.caches):
+        for index, cache in self.offloaded.items():
             cache.maps.set(c.query_map[index], c.key_map[index], c.key_mean[index])
 
     def clear(self) -> None:
@@ -66,7 +71,7 @@ class Session:
         self.state.step.zero_()
         self.state.lengths.zero_()
         self.cached_ids = [torch.empty(0, dtype=torch.long)] * self.layout.batch
-        for cache in self.caches:
+        for cache in self.offloaded.values():
             cache.clear()
 
     def prefill(
@@ -76,8 +81,8 @@ class Session:
 
         Returns the logits [B, V] after each prompt's last token.
         """
-        kept = [shared_prefix(a, b) for a, b in zip(self.cached_ids, prompts, strict=True)]
-        for cache in self.caches:
+        kept = self._keep(prompts, new_tokens)
+        for cache in self.offloaded.values():
             cache.clear()  # resident rows only; host rows and labels of the kept tokens stay
         self.state.step.zero_()
         budgets = [self.config.budget_tokens(len(prompt) + new_tokens) for prompt in prompts]
@@ -108,6 +113,21 @@ class Session:
         self.cached_ids = [prompt.cpu() for prompt in prompts]
         return torch.cat(logits)
 
+    def _keep(self, prompts: Sequence[torch.Tensor], new_tokens: int) -> list[int]:
+        """Leading tokens of each prompt that stay cached; forgets all others."""
+        rotary, longest = self.adapter.length_rotary, max(len(prompt) for prompt in prompts) + new_tokens
+        if rotary is not None and rotary.choose(longest):
+            self.cached_ids = [ids[:0] for ids in self.cached_ids]  # keys turned by other frequencies
+        kept = []
+        for ids, prompt in zip(self.cached_ids, prompts, strict=True):
+            shared = shared_prefix(ids, prompt)
+            rings = [cache for cache in self.caches if isinstance(cache, WindowCache)]
+            kept.append(min([shared, *(ring.keepable(len(ids), shared) for ring in rings)]))
+        # What an interrupted prefill leaves is whole in host memory only, not in the rings.
+        whole = len(self.offloaded) == len(self.caches)
+        self.cached_ids = [ids[: k if whole else 0] for ids, k in zip(self.cached_ids, kept, strict=True)]
+        return kept
+
     def _calibrates_on(self, sequence: int, kept: int) -> int | None:
         """Label channels to calibrate for on this sequence: the first one, when there is no calibration."""
         if self.calibration is not None or sequence or kept:
@@ -128,6 +148,10 @@ class Session:
     def adopt(self, other: "Session") -> None:
         """Take over the tokens of a smaller session, layer by layer; the other is of no use afterwards."""
         for mine, theirs in zip(self.caches, other.caches, strict=True):
+            if isinstance(mine, WindowCache):
+                self._adopt_window(mine, theirs, other.cached_ids)
+                continue
+            assert isinstance(theirs, LayerCache)  # caches grow, so a layer may begin to slide, never stop
             size = theirs.layout.capacity
             mine.host.rows[:, :, :size].copy_(theirs.host.rows)
             mine.labels.codes[:, :, :size].copy_(theirs.labels.codes)
@@ -135,6 +159,16 @@ class Session:
             mine.maps.copy_from(theirs.maps)
         other.caches.clear()
         self.cached_ids = other.cached_ids
+
+    @staticmethod
+    def _adopt_window(
+        mine: WindowCache, theirs: LayerCache | WindowCache, cached_ids: Sequence[torch.Tensor]
+    ) -> None:
+        if isinstance(theirs, WindowCache):
+            mine.ring.copy_(theirs.ring)
+            return
+        for index, ids in enumerate(cached_ids):
+            mine.load(index, theirs.host.rows[index, :, : len(ids)])
 
 
 def make_layout(
@@ -148,8 +182,9 @@ def make_layout(
     if calibration is not None:
         channels = calibration.key_map.shape[2]
     budget = config.budget_tokens(capacity)
+    windows = tuple(window for window in biting(adapter.windows, capacity) if window)
     return KVLayout(
-        layers=len(adapter.layers),
+        layers=len(adapter.layers) - len(windows),
         batch=batch,
         query_heads=adapter.query_heads,
         kv_heads=adapter.kv_heads,
@@ -162,15 +197,18 @@ def make_layout(
         label_channels=label_width(min(channels, adapter.head_dim)),
         label_bits=config.label_bits,
         dtype=adapter.dtype,
+        windows=windows,
     )
 
 
-def predicted_layers(config: RuntimeConfig, calibration: Calibration | None, layers: int) -> frozenset[int]:
-    """Layers with a predicted selection: none in mode "off", else all but 0 and what calibration excludes."""
+def predicted_layers(
+    config: RuntimeConfig, calibration: Calibration | None, offloaded: Iterable[int]
+) -> frozenset[int]:
+    """Offloaded layers that are predicted: none in mode "off", never layer 0 or what calibration excludes."""
     if config.prefetch == "off":
         return frozenset()
     excluded = {0} | set(calibration.unpredicted_layers if calibration is not None else ())
-    return frozenset(range(layers)) - excluded
+    return frozenset(offloaded) - excluded
 
 
 def shared_prefix(cached: torch.Tensor, prompt: torch.Tensor) -> int:

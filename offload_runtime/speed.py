@@ -47,7 +47,8 @@ def predict(plan: Plan, weights: Weights, rates: Rates, new_rows: int | None, mi
     kv_bytes = layout.layers * layout.heads * tokens * layout.row_bytes
     label_bytes = layout.layers * layout.label_bytes * tokens / layout.capacity
     selected_bytes = layout.layers * layout.heads * plan.budget * layout.row_bytes
-    fixed = weights.active_bytes_in(layout.dtype) / rates.weight_bytes_s + layout.layers * rates.layer_s
+    all_layers = layout.layers + len(layout.windows)
+    fixed = weights.active_bytes_in(layout.dtype) / rates.weight_bytes_s + all_layers * rates.layer_s
     sparse = fixed + (label_bytes + selected_bytes) / rates.hbm_bytes_s
     if new_rows is not None:
         miss_rate = min(new_rows, plan.budget) / plan.budget
@@ -57,7 +58,7 @@ def predict(plan: Plan, weights: Weights, rates: Rates, new_rows: int | None, mi
         dense_tpot=fixed + kv_bytes / rates.hbm_bytes_s,
         sparse_tpot=sparse,
         # Layer i+1's rows travel while layer i computes; layer 0 has nobody to hide behind.
-        offload_tpot=max(sparse, transfer) + transfer / layout.layers,
+        offload_tpot=max(sparse, transfer) + transfer / max(layout.layers, 1),
         dense_fits=None if plan.free.gpu is None else plan.needs.weights + kv_bytes <= plan.free.gpu,
         miss_rate=miss_rate,
     )

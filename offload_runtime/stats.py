@@ -5,6 +5,7 @@ from typing import Any
 
 from .cache.layer_cache import PREDICTED, TRUE, LayerCache
 from .cache.layout import KVLayout
+from .cache.window_cache import WindowCache
 from .kernels.residency import FROM_PREDICTION, HITS, SELECTED
 
 GB = 1e9
@@ -13,14 +14,18 @@ GB = 1e9
 CUBLAS_BYTES = 3 * (32 << 20)
 
 
-def layer_stats(cache: LayerCache, attends_predicted: bool) -> dict[str, Any]:
+def layer_stats(cache: LayerCache | WindowCache, attends_predicted: bool) -> dict[str, Any]:
     """Row counts of one layer since its caches were cleared.
 
     selected: rows attended to besides sinks and recent ones; hits: those that
     were on the GPU when attention wanted them; misses: those fetched then and
     there; prefetched: rows fetched on a prediction; recall: the part of the true
     selection that this step's prediction had selected too (None without one).
+    A sliding layer selects and moves nothing.
     """
+    if isinstance(cache, WindowCache):
+        moved = dict.fromkeys(("selected", "hits", "misses", "prefetched", "bytes"), 0)
+        return {**moved, "recall": None, "window": cache.window}
     counters = cache.counters.tolist()
     phase = counters[PREDICTED] if attends_predicted else counters[TRUE]
     prefetched = counters[PREDICTED][SELECTED] - counters[PREDICTED][HITS]
@@ -37,7 +42,7 @@ def layer_stats(cache: LayerCache, attends_predicted: bool) -> dict[str, Any]:
 
 
 def collect(
-    caches: Sequence[LayerCache], predicted: frozenset[int], attend_predicted: bool
+    caches: Sequence[LayerCache | WindowCache], predicted: frozenset[int], attend_predicted: bool
 ) -> dict[str, Any]:
     """The layers' counts and their sums: hit_rate, prefetch_recall, gather_gb."""
     layers = [

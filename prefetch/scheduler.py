@@ -9,7 +9,7 @@ prediction missed, or (mode "predict", the paper's DS-Offload) attends to the
 predicted selection as it is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ QueryPredictor = Callable[[int, torch.Tensor, dict[str, Any]], tuple[torch.Tenso
 class Prefetcher:
     """Decides for every layer of a decode step what it attends to, and gets it there.
 
+    caches: the offloaded layers' by layer index; the other layers keep to themselves.
     predicted_layers: the layers whose selection is predicted; empty in mode "off".
     delay_cycles: GPU cycles that every prediction is held back, for tests of ordering.
     """
@@ -33,7 +34,7 @@ class Prefetcher:
     def __init__(
         self,
         layout: KVLayout,
-        caches: Sequence[LayerCache],
+        caches: Mapping[int, LayerCache],
         predict_query: QueryPredictor,
         predicted_layers: frozenset[int],
         attend_predicted: bool,
@@ -51,9 +52,9 @@ class Prefetcher:
         self.on_gpu = device.type == "cuda"
         if self.on_gpu:
             self.side_stream, self.copy_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
-            self.ready = [torch.cuda.Event() for _ in caches]
-            self.chosen = [torch.cuda.Event() for _ in caches]
-            self.done = [torch.cuda.Event() for _ in caches]
+            self.ready = {index: torch.cuda.Event() for index in caches}
+            self.chosen = {index: torch.cuda.Event() for index in caches}
+            self.done = {index: torch.cuda.Event() for index in caches}
 
     def before_layer(self, index: int, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
         """Called with layer `index`'s input [B, 1, E]: start the prediction for the layer after it."""
