@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from offload_runtime.adapter import ModelAdapter
-from offload_runtime.config import RuntimeConfig
+from offload_runtime.calibration import Calibration
+from offload_runtime.config import DEFAULT_LABEL_CHANNELS, RuntimeConfig
 from offload_runtime.kernels.residency import HITS, SELECTED
 from offload_runtime.session import Session
 
@@ -25,7 +26,7 @@ class DrivenSession(Session):
     def __init__(
         self, adapter: ModelAdapter, config: RuntimeConfig, batch: int, overlap: float | None
     ) -> None:
-        super().__init__(adapter, config, None, batch, config.ctx)
+        super().__init__(adapter, config, unit_calibration(adapter), batch, config.ctx)
         self.overlap = overlap
         layout, device = self.layout, adapter.device
         shape = (layout.layers, batch, layout.query_heads, layout.head_dim)
@@ -52,12 +53,8 @@ class DrivenSession(Session):
         """Random rows in host memory, labels of random keys, lengths just short of capacity."""
         layout, device = self.layout, self.adapter.device
         heads = (layout.batch, layout.kv_heads)
-        eye = torch.eye(layout.head_dim, device=device)[: layout.label_channels]
-        expand = (eye.expand(layout.query_heads, -1, -1), eye.expand(layout.kv_heads, -1, -1))
-        mean = torch.zeros(layout.kv_heads, layout.head_dim, device=device)
         rows = torch.randn(*heads, FILL_TOKENS, layout.row_elements, device=device, dtype=layout.dtype)
         for cache in self.caches:
-            cache.maps.set(*expand, mean)
             cache.resident.slots[:, :, : layout.fixed_slots] = rows[:, :, : layout.fixed_slots]
             for start in range(0, layout.capacity, FILL_TOKENS):
                 count = min(FILL_TOKENS, layout.capacity - start)
@@ -115,3 +112,16 @@ class DrivenSession(Session):
         self.decoder.graph = None
         self.caches.clear()
         torch.cuda.empty_cache()
+
+
+def unit_calibration(adapter: ModelAdapter) -> Calibration:
+    """The first channels of every key as its label: random keys have no better ones."""
+    layers, dim = len(adapter.layers), adapter.head_dim
+    unit = torch.eye(dim, device=adapter.device)[:DEFAULT_LABEL_CHANNELS]  # [R, D]
+    return Calibration(
+        query_map=unit.expand(layers, adapter.query_heads, -1, -1),
+        key_map=unit.expand(layers, adapter.kv_heads, -1, -1),
+        key_mean=torch.zeros(layers, adapter.kv_heads, dim, device=adapter.device),
+        unpredicted_layers=(0,),
+        provenance={},
+    )

@@ -1,6 +1,7 @@
 """OffloadedModel: a transformers causal LM that decodes with its KV cache in host memory."""
 
 import gc
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from .adapter import ModelAdapter
 from .calibration import Calibration
-from .config import RuntimeConfig, make_config
+from .calibration_collect import calibrate_prompt
+from .config import DEFAULT_LABEL_CHANNELS, RuntimeConfig, make_config
 from .errors import RunError, UserError
 from .generation import TokenLoop
 from .session import Session
 from .stats import collect, memory
 
+log = logging.getLogger(__name__)
 CALIBRATION_FILE = "calibration.safetensors"  # looked for in the model's directory
 
 # Arguments of transformers' generate that change the loop itself, and what to say of them.
@@ -150,26 +153,37 @@ class OffloadedModel:
             )
         last, batch = self._session, len(prompts)
         capacity = self.config.capacity(need)
-        if last is not None and last.layout.batch == batch and last.layout.capacity == capacity:
+        if last is not None and last.layout.batch != batch:
+            last = None
+        kept = last if last is not None and any(len(ids) for ids in last.cached_ids) else None
+        calibration = kept.calibration if kept is not None else self._calibration_for(prompts[0], capacity)
+        if kept is not None and kept.layout.capacity >= need:
+            return kept
+        if last is not None and last.layout.capacity == capacity and last.accepts(calibration):
+            last.calibrate(calibration)
             return last
-        same_batch = last is not None and last.layout.batch == batch
-        holds_tokens = same_batch and any(len(ids) for ids in last.cached_ids)  # type: ignore[union-attr]
-        if holds_tokens and last.layout.capacity > need:  # type: ignore[union-attr]
-            assert last is not None
-            return last
-        self._session = None
-        if not holds_tokens:
-            last = None  # free the old caches before the new ones take their place
-            gc.collect()
-        session = self._new_session(batch, capacity)
-        if last is not None:
-            session.adopt(last)
+        self._session = last = None  # free the old caches before the new ones take their place
+        gc.collect()
+        session = self._new_session(calibration, batch, capacity)
+        if kept is not None:
+            session.adopt(kept)
         self._session = session
         return session
 
-    def _new_session(self, batch: int, capacity: int) -> Session:
+    def _calibration_for(self, prompt: torch.Tensor, capacity: int) -> Calibration:
+        """The model's calibration, or one made from the prompt's first tokens when it has none."""
+        if self.calibration is not None:
+            return self.calibration
+        log.warning(
+            "no calibration file: calibrating on the prompt's first tokens; "
+            "`ds-offload calibrate` makes a better one"
+        )
+        channels = min(self.config.label_channels or DEFAULT_LABEL_CHANNELS, self.adapter.head_dim)
+        return calibrate_prompt(self.adapter, prompt, channels, capacity)
+
+    def _new_session(self, calibration: Calibration, batch: int, capacity: int) -> Session:
         try:
-            return Session(self.adapter, self.config, self.calibration, batch, capacity)
+            return Session(self.adapter, self.config, calibration, batch, capacity)
         except torch.cuda.OutOfMemoryError as error:
             raise RunError(
                 f"the GPU has no room for the caches of {batch} x {capacity} tokens; "

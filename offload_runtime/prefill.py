@@ -16,7 +16,6 @@ from torch import nn
 from .adapter import AttentionCall, ModelAdapter
 from .cache.layer_cache import LayerCache
 from .cache.window_cache import WindowCache
-from .calibration import calibrate_layer
 from .errors import UserError
 from .kernels.prefill_attention import prefill_attention
 from .prefetch.row_writer import RowWriter
@@ -38,12 +37,11 @@ class PrefillRun:
         total: int,
         kept: int,
         chunk_tokens: int | None,
-        self_calibrate: int | None,
         on_progress: Progress | None,
     ) -> None:
-        """total: tokens of the sequence; self_calibrate: label channels to calibrate, None to keep maps."""
+        """total: tokens of the sequence, the kept ones included."""
         self.adapter, self.caches, self.sequence = adapter, caches, sequence
-        self.total, self.kept, self.self_calibrate = total, kept, self_calibrate
+        self.total, self.kept = total, kept
         device = adapter.device
         default = GPU_CHUNK_TOKENS if device.type == "cuda" else CPU_CHUNK_TOKENS
         self.chunk_tokens = chunk_tokens or default
@@ -95,8 +93,6 @@ class PrefillRun:
         return out
 
     def _offload(self, cache: LayerCache, call: AttentionCall, span: slice) -> None:
-        if self.position == 0 and self.self_calibrate is not None:
-            cache.maps.set(*calibrate_layer(call.query[0], call.key[0], self.self_calibrate))
         starts = torch.tensor([span.start], dtype=torch.int32, device=call.key.device)
         cache.labels.write(call.key, cache.maps, starts, self.sequence)
         self.writer.write(self.rows[:, span], cache.host.rows[self.sequence, :, span], span.start)

@@ -10,7 +10,7 @@ from .cache.layer_cache import BatchState, LayerCache
 from .cache.layout import KVLayout, biting
 from .cache.window_cache import WindowCache
 from .calibration import Calibration
-from .config import DEFAULT_LABEL_CHANNELS, RuntimeConfig, label_width
+from .config import RuntimeConfig, label_width
 from .decode import DecodeLoop, query_predictor
 from .prefetch.scheduler import Prefetcher
 from .prefill import PrefillRun, Progress
@@ -23,12 +23,12 @@ class Session:
         self,
         adapter: ModelAdapter,
         config: RuntimeConfig,
-        calibration: Calibration | None,
+        calibration: Calibration,
         batch: int,
         capacity: int,
         delay_cycles: int = 0,
     ) -> None:
-        self.adapter, self.config, self.calibration = adapter, config, calibration
+        self.adapter, self.config = adapter, config
         self.layout = make_layout(adapter, config, calibration, batch, capacity)
         device = adapter.device
 
@@ -50,7 +50,7 @@ class Session:
         )
         self.decoder = DecodeLoop(adapter, self.caches, self.state, self.prefetcher, config.cuda_graph)
         self.cached_ids: list[torch.Tensor] = [torch.empty(0, dtype=torch.long)] * batch
-        self.set_maps()
+        self.calibrate(calibration)
 
     def _make_cache(self, window: int) -> LayerCache | WindowCache:
         device = self.adapter.device
@@ -58,13 +58,20 @@ class Session:
             return WindowCache(self.layout, self.state, window, device)
         return LayerCache(self.layout, self.state, device, self.config.new_rows, self.allocator)
 
-    def set_maps(self) -> None:
-        """Give every offloaded layer its label maps from the calibration, if there is one."""
-        if self.calibration is None:
-            return
-        c = self.calibration
+    def calibrate(self, calibration: Calibration) -> None:
+        """Give every offloaded layer its label maps; labels made before are of no use afterwards."""
+        self.calibration = calibration
         for index, cache in self.offloaded.items():
-            cache.maps.set(c.query_map[index], c.key_map[index], c.key_mean[index])
+            maps = (calibration.query_map, calibration.key_map, calibration.key_mean)
+            cache.maps.set(*(part[index] for part in maps))
+
+    def accepts(self, calibration: Calibration) -> bool:
+        """Whether calibrate() is enough to use it: the same label channels and predicted layers."""
+        channels = make_layout(
+            self.adapter, self.config, calibration, self.layout.batch, self.layout.capacity
+        ).label_channels
+        predicted = predicted_layers(self.config, calibration, self.offloaded)
+        return channels == self.layout.label_channels and predicted == self.prefetcher.predicted_layers
 
     def clear(self) -> None:
         """Forget every token."""
@@ -103,7 +110,6 @@ class Session:
                 len(prompt),
                 kept[index],
                 self.config.chunk_tokens,
-                self._calibrates_on(index, kept[index]),
                 progress,
             )
             fresh = prompt[kept[index] :].to(self.adapter.device)
@@ -127,12 +133,6 @@ class Session:
         whole = len(self.offloaded) == len(self.caches)
         self.cached_ids = [ids[: k if whole else 0] for ids, k in zip(self.cached_ids, kept, strict=True)]
         return kept
-
-    def _calibrates_on(self, sequence: int, kept: int) -> int | None:
-        """Label channels to calibrate for on this sequence: the first one, when there is no calibration."""
-        if self.calibration is not None or sequence or kept:
-            return None
-        return min(self.config.label_channels or DEFAULT_LABEL_CHANNELS, self.layout.head_dim)
 
     def step(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Decode one token a sequence: token_ids [B] in, logits [B, V] out (overwritten by the next step)."""
@@ -174,13 +174,10 @@ class Session:
 def make_layout(
     adapter: ModelAdapter,
     config: RuntimeConfig,
-    calibration: Calibration | None,
+    calibration: Calibration,
     batch: int,
     capacity: int,
 ) -> KVLayout:
-    channels = config.label_channels or DEFAULT_LABEL_CHANNELS
-    if calibration is not None:
-        channels = calibration.key_map.shape[2]
     budget = config.budget_tokens(capacity)
     windows = tuple(window for window in biting(adapter.windows, capacity) if window)
     return KVLayout(
@@ -194,7 +191,7 @@ def make_layout(
         sinks=config.sinks,
         recent=config.recent,
         slots=config.slot_count(budget, capacity),
-        label_channels=label_width(min(channels, adapter.head_dim)),
+        label_channels=label_width(calibration.key_map.shape[2]),
         label_bits=config.label_bits,
         dtype=adapter.dtype,
         windows=windows,
@@ -202,12 +199,12 @@ def make_layout(
 
 
 def predicted_layers(
-    config: RuntimeConfig, calibration: Calibration | None, offloaded: Iterable[int]
+    config: RuntimeConfig, calibration: Calibration, offloaded: Iterable[int]
 ) -> frozenset[int]:
     """Offloaded layers that are predicted: none in mode "off", never layer 0 or what calibration excludes."""
     if config.prefetch == "off":
         return frozenset()
-    excluded = {0} | set(calibration.unpredicted_layers if calibration is not None else ())
+    excluded = {0, *calibration.unpredicted_layers}
     return frozenset(offloaded) - excluded
 
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from offload_runtime.calibration import Calibration
+
 from .models import logits_of, offloaded, random_ids, random_llama
 
 NEW_TOKENS = 6
@@ -70,9 +72,7 @@ def test_uninitialised_memory_is_never_used(poisoned, device, prefetch, length):
 @pytest.mark.parametrize("budget", ["1/1", 24])
 def test_batch_equals_one_by_one(device, side, budget):
     model = random_llama(device=device)
-    from offload_runtime.calibration import Calibration  # a fixed one: self-calibration looks at one prompt
-
-    calibration = identity_calibration(model, Calibration)
+    calibration = identity_calibration(model)  # a fixed one: self-calibration looks at one prompt
     lengths = [5, 150, 40]
     prompts = [random_ids(n, seed=n, device=device)[0] for n in lengths]
     ids = torch.zeros(3, 150, dtype=torch.long, device=device)
@@ -91,11 +91,11 @@ def test_batch_equals_one_by_one(device, side, budget):
         assert out[row, 150:].tolist() == alone[0, len(prompt) :].tolist()
 
 
-def identity_calibration(model, calibration_class):
+def identity_calibration(model):
     config = model.config
     layers, heads, kv_heads = config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads
     unit = torch.eye(config.head_dim)[:16]
-    return calibration_class(
+    return Calibration(
         query_map=unit.expand(layers, heads, -1, -1),
         key_map=unit.expand(layers, kv_heads, -1, -1),
         key_mean=torch.zeros(layers, kv_heads, config.head_dim),
@@ -168,6 +168,7 @@ def test_stopping_streaming_and_dict_mean_what_transformers_means(device):
 def test_stats_add_up(device):
     model, ids = random_llama(device=device), random_ids(300, device=device)
     runtime = offloaded(model, budget=24, slots=30)
+    runtime.calibration = identity_calibration(model)  # predicts every layer but the first
     runtime.generate(ids, max_new_tokens=9, do_sample=False)
     stats = runtime.stats
     kv_heads, steps = model.config.num_key_value_heads, 8

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from offload_runtime.calibration import Calibration
 from offload_runtime.prefetch.row_writer import RowWriter
 from offload_runtime.session import Session
 
@@ -16,8 +17,8 @@ def delayed(model, **settings):
     """An OffloadedModel whose every prediction and gather is held back."""
     runtime = offloaded(model, **settings)
 
-    def open_delayed(batch: int, capacity: int) -> Session:
-        return Session(runtime.adapter, runtime.config, runtime.calibration, batch, capacity, DELAY_CYCLES)
+    def open_delayed(calibration: Calibration, batch: int, capacity: int) -> Session:
+        return Session(runtime.adapter, runtime.config, calibration, batch, capacity, DELAY_CYCLES)
 
     runtime._new_session = open_delayed
     return runtime
