@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .gather_bulk import gather_bulk_available, gather_rows_bulk
+
 
 def gather_rows(
     host_rows: torch.Tensor,
@@ -17,8 +19,13 @@ def gather_rows(
     first_slot: int,
 ) -> None:
     """Fetch the missed rows; shapes as in gather_rows_reference."""
-    run = gather_rows_triton if slots.is_cuda else gather_rows_reference
-    run(host_rows, miss_tokens, miss_slots, miss_counts, slots, first_slot)
+    arguments = (host_rows, miss_tokens, miss_slots, miss_counts, slots, first_slot)
+    if gather_bulk_available(slots.device, slots.shape[-1] * slots.element_size()):
+        gather_rows_bulk(*arguments)
+    elif slots.is_cuda:
+        gather_rows_triton(*arguments)
+    else:
+        gather_rows_reference(*arguments)
 
 
 def gather_rows_reference(
@@ -54,7 +61,7 @@ def gather_rows_triton(
     block_bytes: int = 8192,
     num_warps: int = 4,
 ) -> None:
-    """One launch of num_programs programs, each with block_bytes of rows in flight.
+    """Where gather_bulk cannot run: num_programs programs, each with block_bytes of rows in flight.
 
     32 programs of 4 warps reach the limit of a PCIe 5 x16 link, 16 do not and
     more only take SMs from the model (measured, H100). 32 x 8 KiB = 256 KiB in

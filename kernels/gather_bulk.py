@@ -1,0 +1,111 @@
+"""Gather missed rows with the bulk copy engine, on GPUs that have one (sm_90 and newer).
+
+A few CTAs, each alone on its SM, keep a ring of rows in flight without holding
+loads in an SM's load pipeline, where kernels beside the gather would queue
+behind them. The CUDA source is compiled at first use through CuPy's RawModule
+(the extras cuda12 and cuda13), once for each row size: call it once before a
+CUDA graph captures it.
+"""
+
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+THREADS = 96  # as in gather_bulk.cu
+STAGE_BYTES = 16 * 1024  # a group: 32 rows of 512 B, one a lane
+RING_BYTES = 128 * 1024  # in flight a CTA: 8 CTAs hold 1 MiB, ten times what 50 GB/s x 2 us of latency needs
+COUNT_BYTES = 8 * 1024  # 2,048 heads
+OTHER_BYTES = COUNT_BYTES + 8 * 1024  # and 1 KiB of list entries, and two barriers a stage (at most 2 KiB)
+TOUCH_STRIDE_BYTES = 2 << 20  # the GPU's large page
+
+
+def gather_bulk_available(device: torch.device, row_bytes: int) -> bool:
+    """Whether gather_rows_bulk runs on this device for rows of this size."""
+    if device.type != "cuda" or row_bytes % 64 or not 64 <= row_bytes <= STAGE_BYTES:
+        return False
+    if importlib.util.find_spec("cupy") is None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def gather_rows_bulk(
+    host_rows: torch.Tensor,
+    miss_tokens: torch.Tensor,
+    miss_slots: torch.Tensor,
+    miss_counts: torch.Tensor,
+    slots: torch.Tensor,
+    first_slot: int,
+    num_ctas: int = 8,
+    ring_bytes: int = RING_BYTES,
+    next_rows: torch.Tensor | None = None,
+    touch_stride_bytes: int = TOUCH_STRIDE_BYTES,
+) -> None:
+    """gather_rows_reference in one launch of num_ctas CTAs, each with ring_bytes of rows in flight.
+
+    host_rows may be pinned or on the GPU. next_rows (contiguous, pinned or on
+    the GPU): the rows that will be gathered next; one word of every
+    touch_stride_bytes of them is read on the way, to warm address translation.
+    """
+    import cupy
+
+    batch, kv_heads, budget = miss_tokens.shape
+    row_bytes = slots.shape[-1] * slots.element_size()
+    assert host_rows.is_cuda or host_rows.is_pinned()
+    for rows in (host_rows, slots):
+        assert rows[0, 0].is_contiguous()
+        assert rows.shape[-1] * rows.element_size() == row_bytes
+        assert rows.data_ptr() % 16 == 0
+    for listed in (miss_tokens, miss_slots, miss_counts):
+        assert listed.is_contiguous()
+        assert listed.dtype == torch.int32
+    index = slots.device.index
+    assert batch * kv_heads * miss_counts.element_size() <= COUNT_BYTES
+    assert next_rows is None or next_rows.is_contiguous()
+    kernel, shared_bytes = compiled(row_bytes, ring_bytes, index)
+    pointers = (host_rows, miss_tokens, miss_slots, miss_counts)
+    strides = [rows.stride(i) * rows.element_size() for rows in (host_rows, slots) for i in (0, 1)]
+    stream = torch.cuda.current_stream(slots.device).cuda_stream
+    with cupy.cuda.Device(index), cupy.cuda.ExternalStream(stream):
+        kernel(
+            (num_ctas,),
+            (THREADS,),
+            (
+                *(tensor.data_ptr() for tensor in pointers),
+                slots.data_ptr() + first_slot * row_bytes,
+                0 if next_rows is None else next_rows.data_ptr(),
+                *(np.int64(stride) for stride in strides),
+                np.int64(0 if next_rows is None else next_rows.numel() * next_rows.element_size()),
+                np.int64(touch_stride_bytes),
+                *(np.int32(number) for number in (kv_heads, batch * kv_heads, budget)),
+            ),
+            shared_mem=shared_bytes,
+        )
+
+
+@functools.cache
+def compiled(row_bytes: int, ring_bytes: int, device_index: int) -> tuple[Any, int]:
+    """(kernel, dynamic shared memory of a CTA): all that an SM has, so that no other CTA shares the SM."""
+    import cupy
+
+    properties = torch.cuda.get_device_properties(device_index)
+    limit = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    with cupy.cuda.Device(device_index):
+        kernel = build(row_bytes, min(ring_bytes, limit - OTHER_BYTES))
+        kernel.max_dynamic_shared_size_bytes = limit
+    return kernel, limit
+
+
+def build(row_bytes: int, ring_bytes: int) -> Any:
+    """Compile the CUDA source for one row size."""
+    import cupy
+
+    group = min(STAGE_BYTES // row_bytes, 32)
+    stages = max(ring_bytes // (group * row_bytes), 2)
+    defines = {"ROW_BYTES": row_bytes, "GROUP": group, "STAGES": stages}
+    options = ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items()))
+    source = Path(__file__).with_name("gather_bulk.cu").read_text()
+    return cupy.RawModule(code=source, options=options).get_function("gather_bulk")
