@@ -90,9 +90,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     select_cluster(
         const float* query_labels, const float* offsets, const unsigned char* codes, const unsigned* scales,
         const int* budgets, const int* lengths, const int* previous, int* tokens, int* counts, int kv_heads,
-        int capacity, int sinks, int recent, int new_rows, int previous_max, int k_max, int* slot_of_token,
-        int* token_in_slot, int* stamps, int* hand, const int* step, int* miss_tokens, int* miss_slots,
-        int* miss_counts, unsigned long long* counters, int n_slots, int phase) {
+        int capacity, int sinks, int recent, int new_rows, int previous_max, int k_max
+#if RESOLVE
+        , int* slot_of_token, int* token_in_slot, int* stamps, int* hand, const int* step, int* miss_tokens,
+        int* miss_slots, int* miss_counts, unsigned long long* counters, int n_slots, int phase
+#endif
+    ) {
     extern __shared__ __align__(16) unsigned dynamic[];
     __shared__ Shared shared;
     unsigned rank = cta_rank();
