@@ -102,8 +102,8 @@ __device__ Cut find_cut(const unsigned* keys, int n, int wanted, Shared& shared,
 // The consecutive tokens of a CTA's n that warp `warp` takes begin here.
 __device__ int warp_start(int warp, int n) { return min((n + THREADS - 1) / THREADS * 32 * warp, n); }
 
-// Visit this CTA's tokens in order with (index, taken by the cut, taken tokens of the row before it, those of
-// them that this warp takes). Returns how many this warp takes. Ends with an open cluster barrier: the caller
+// Visit the tokens of this CTA that the cut takes, in order, with (index, taken tokens of the row before it,
+// those of them that this warp takes). Returns how many this warp takes. Ends with an open cluster barrier: the caller
 // does cluster_wait() once it no longer needs to overlap.
 template <class CountsIn, class Visit>
 __device__ int walk(
@@ -144,10 +144,11 @@ __device__ int walk(
         unsigned key = i < to && counts_in(i) ? keys[i] : 0u;
         bool is_higher = key > cut.key, is_tie = key != 0u && key == cut.key;
         unsigned all_higher = __ballot_sync(ALL, is_higher), all_ties = __ballot_sync(ALL, is_tie);
+        if (!(all_higher | all_ties)) continue;  // most groups of 32: a selection is a small part of the tokens
         int tie = ties + __popc(all_ties & before);
         bool taken = is_higher || (is_tie && tie < cut.ties);
         int place = higher + __popc(all_higher & before) + min(tie, cut.ties);
-        if (i < to) visit(i, taken, place, place - start);
+        if (taken) visit(i, place, place - start);
         higher += __popc(all_higher);
         ties += __popc(all_ties);
     }

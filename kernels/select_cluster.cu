@@ -72,18 +72,22 @@ __device__ int mark_members(
 
 // Sticky selection: drop (key 0) all tokens outside the previous selection but the `entering` best.
 __device__ void drop_others(
-    unsigned* keys, int n, int entering, unsigned rank, const unsigned* member_bits, Shared& shared) {
+    unsigned* keys, int n, int entering, unsigned rank, unsigned* member_bits, Shared& shared) {
     auto other = [&](int i) { return !is_member(member_bits, i); };
     Cut cut = {ALL, 0};
     if (entering > 0) cut = find_cut(keys, n, entering, shared, other);
     else cluster_wait();
-    walk(keys, n, cut, rank, shared, other, [&](int i, bool taken, int, int) {
-        if (!taken && other(i)) keys[i] = 0u;
+    // Those that enter become members; the walk is past a token's word of bits when it sets one.
+    walk(keys, n, cut, rank, shared, other, [&](int i, int, int) {
+        atomicOr(&member_bits[i >> 5], 1u << (i & 31));
     });
     cluster_wait();
     clear_histograms(shared);
     __syncthreads();
-    for (int i = threadIdx.x; i < n; i += THREADS) atomicAdd(&shared.histogram[0][keys[i] >> 21], 1u);
+    for (int i = threadIdx.x; i < n; i += THREADS) {
+        if (other(i)) keys[i] = 0u;
+        atomicAdd(&shared.histogram[0][keys[i] >> 21], 1u);
+    }
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, RESIDENT)
@@ -129,9 +133,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         }
         auto any = [](int) { return true; };
         Cut cut = find_cut(keys, n, k, shared, any);
-        listed = walk(keys, n, cut, rank, shared, any, [&](int i, bool taken, int place, int index) {
-            if (taken) target[place] = first + i;
-            if (taken && RESOLVE) keys[from + index] = first + i;
+        listed = walk(keys, n, cut, rank, shared, any, [&](int i, int place, int index) {
+            target[place] = first + i;
+            if (RESOLVE) keys[from + index] = first + i;
         });
         cluster_wait();  // no CTA leaves while another may read its shared memory
     } else {
