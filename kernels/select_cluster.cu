@@ -33,13 +33,16 @@ __device__ void score_tokens(
     for (; base < n; base += STRIDE) {
         Batch next;
         if (PREFETCH) load_batch(codes, scales, base + STRIDE, n, lane, next);
+        unsigned scored[STEPS];  // all before any is stored, so that the steps' chains of arithmetic overlap
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step)
+            scored[step] = order_key(score_step(batch.words[step], batch.pair[step], query, lane));
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
-            unsigned key = order_key(score_step(batch.words[step], batch.pair[step], query, lane));
             int token = base + 32 * step + mine;
             if (token < n) {
-                keys[token] = key;
-                if (!is_member(member_bits, token)) atomicAdd(&shared.histogram[0][key >> 21], 1u);
+                keys[token] = scored[step];
+                if (!is_member(member_bits, token)) atomicAdd(&shared.histogram[0][scored[step] >> 21], 1u);
             }
         }
         if (PREFETCH) batch = next;
