@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from offload_runtime.adapter import ModelAdapter
+from offload_runtime.cache.layer_cache import PREDICTED
 from offload_runtime.calibration import Calibration
 from offload_runtime.config import DEFAULT_LABEL_CHANNELS, RuntimeConfig
 from offload_runtime.kernels.residency import HITS, SELECTED
@@ -38,16 +39,16 @@ class DrivenSession(Session):
     def _drive(self) -> None:
         """Make selection use the benchmark's queries instead of the model's."""
         for index, cache in enumerate(self.caches):
-            plain = cache.select
+            plain = cache.choose
 
-            def select(
-                query: torch.Tensor, scale: float, selection: Any, work: Any, predicted: bool,
+            def choose(
+                query: torch.Tensor, scale: float, selection: Any, work: Any, phase: int,
                 plain: Any = plain, index: int = index,
             ) -> None:  # fmt: skip
-                driven = self.guesses[index] if predicted else self.queries[index]
-                plain(driven + 0 * query, scale, selection, work, predicted)
+                driven = self.guesses[index] if phase == PREDICTED else self.queries[index]
+                plain(driven + 0 * query, scale, selection, work, phase)
 
-            cache.select = select  # type: ignore[method-assign]
+            cache.choose = choose  # type: ignore[method-assign]
 
     def fill(self) -> None:
         """Random rows in host memory, labels of random keys, lengths just short of capacity."""

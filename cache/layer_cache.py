@@ -1,4 +1,4 @@
-"""One layer's cache: append, select, resolve, gather, attend. The path of a row in five verbs."""
+"""One layer's cache: append, choose (select and resolve), gather, attend. The path of a row."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from ..kernels.gather import gather_rows
 from ..kernels.query_labels import query_labels
 from ..kernels.residency import resolve
 from ..kernels.scores import label_scores
-from ..kernels.select_cluster import cluster_select_available, select_by_labels_cluster
+from ..kernels.select_cluster import cluster_select_available, select_and_resolve_cluster
 from ..kernels.sparse_decode import sparse_attention
 from ..kernels.sticky import sticky_topk
 from ..kernels.topk import select_topk
@@ -72,58 +72,68 @@ class LayerCache:
         append_rows(key, value, lengths, resident.slots, resident.sinks, resident.recent, self.host.rows)
         self.labels.write(key[:, :, None], self.maps, self.state.positions)  # [B, Hkv, 1, D]
 
-    def select(
-        self, query: torch.Tensor, scale: float, selection: Selection, work: Workspace, predicted: bool
+    def choose(
+        self, query: torch.Tensor, scale: float, selection: Selection, work: Workspace, phase: int
     ) -> None:
-        """Choose each KV head's tokens for query [B, Hq, D] by label score."""
-        state, resident, maps = self.state, self.resident, self.maps
+        """Choose each KV head's tokens for query [B, Hq, D] by label score, and see that each has a slot.
+
+        gather() then fills the slots of those that were not resident.
+        """
+        state, resident, maps, cache = self.state, self.resident, self.maps, self.labels
         fixed = (resident.sinks, resident.recent)
         labels, offsets = query_labels(
-            query, maps.query_map, maps.key_mean, resident.slots, state.lengths, *fixed, scale, not predicted
+            query,
+            maps.query_map,
+            maps.key_mean,
+            resident.slots,
+            state.lengths,
+            *fixed,
+            scale,
+            phase == TRUE,
         )
-        cache, chosen = self.labels, (selection.tokens, selection.counts)
         label_arguments = (labels, offsets, cache.codes, cache.scales, cache.bits)
+        slot_maps = (resident.slot_of_token, resident.token_in_slot, resident.stamps, resident.hand)
+        misses = (work.miss_tokens, work.miss_slots, work.miss_counts, self.counters)
+        chosen = (selection.tokens, selection.counts)
         if self.one_kernel:
             before = None if self.previous is None else self.previous.tokens
-            select_by_labels_cluster(
-                *label_arguments, state.budgets, state.lengths, *fixed, *chosen, before, self.new_rows or 0
+            limits = (state.budgets, state.lengths, *fixed)
+            select_and_resolve_cluster(
+                *label_arguments,
+                *limits,
+                *chosen,
+                before,
+                self.new_rows or 0,
+                *slot_maps,
+                state.step,
+                phase,
+                *misses,
             )
             return
         label_scores(*label_arguments, state.lengths, *fixed, work.scores)
+        self._top_k(selection, work)
+        resolve(*chosen, *slot_maps, state.step, phase, *misses)
+
+    def _top_k(self, selection: Selection, work: Workspace) -> None:
+        """The best-scored tokens, or with a previous selection the sticky ones."""
+        state, fixed = self.state, (self.resident.sinks, self.resident.recent)
+        chosen = (selection.tokens, selection.counts)
         if self.previous is None:
             select_topk(work.scores, state.budgets, state.lengths, *fixed, *chosen)
-        else:
-            sticky_topk(
-                work.scores,
-                state.budgets,
-                self.new_rows or 0,
-                state.lengths,
-                *fixed,
-                self.previous.tokens,
-                self.previous.counts,
-                *chosen,
-            )
-
-    def resolve(self, selection: Selection, work: Workspace, phase: int) -> None:
-        """Find the selected rows that are not resident and give them slots; gather() fills those."""
-        resident = self.resident
-        resolve(
-            selection.tokens,
-            selection.counts,
-            resident.slot_of_token,
-            resident.token_in_slot,
-            resident.stamps,
-            resident.hand,
-            self.state.step,
-            phase,
-            work.miss_tokens,
-            work.miss_slots,
-            work.miss_counts,
-            self.counters,
+            return
+        sticky_topk(
+            work.scores,
+            state.budgets,
+            self.new_rows or 0,
+            state.lengths,
+            *fixed,
+            self.previous.tokens,
+            self.previous.counts,
+            *chosen,
         )
 
     def gather(self, work: Workspace) -> None:
-        """Bring the rows that resolve() listed from host memory into their slots."""
+        """Bring the rows that choose() listed from host memory into their slots."""
         misses = (work.miss_tokens, work.miss_slots, work.miss_counts)
         gather_rows(self.host.rows, *misses, self.resident.slots, self.layout.fixed_slots)
 

@@ -97,8 +97,7 @@ class Prefetcher:
             self.predictions[target % 2],
             self.side_works[target % 2],
         )
-        cache.select(query, scale, prediction, work, predicted=True)
-        cache.resolve(prediction, work, PREDICTED)
+        cache.choose(query, scale, prediction, work, PREDICTED)
 
     def selection_for(self, index: int, query: torch.Tensor, scale: float) -> Selection:
         """What layer `index` attends to, its rows resident. query [B, Hq, D] is the true query."""
@@ -110,8 +109,7 @@ class Prefetcher:
             selection = self.predictions[index % 2]
         else:
             selection = self.selection
-            cache.select(query, scale, selection, self.work, predicted=False)
-            cache.resolve(selection, self.work, TRUE)
+            cache.choose(query, scale, selection, self.work, TRUE)
             cache.gather(self.work)
         cache.keep(selection)
         return selection
