@@ -12,6 +12,7 @@
 // Compile-time: CHANNELS (16, 32, 64, 128), BITS (4, 8, 16), GROUP (query heads a KV head),
 // CLUSTER (8 or 16), STICKY and RESOLVE (0 or 1), STEPS (32-token steps a warp loads at once), PREFETCH (1: load
 // the next STEPS while scoring these), RESIDENT (CTAs an SM must be able to hold, which bounds the registers).
+// AHEAD: how many rounds of STRIDE tokens before their use labels are asked into the second-level cache.
 // The four .cuh files go before this text (SOURCES of select_cluster.py). No includes, so that nvrtc needs no
 // header path.
 
@@ -19,11 +20,12 @@ __device__ bool is_member(const unsigned* member_bits, int token) {
     return STICKY && (member_bits[token >> 5] >> (token & 31)) & 1;
 }
 
+constexpr int STRIDE = WARPS * 32 * STEPS;  // tokens that a CTA scores at once
+
 // Fill keys [n] with the scores of this CTA's tokens and count their top 11 bits (members left out).
 __device__ void score_tokens(
     const unsigned char* codes, const unsigned* scales, const float* query_labels, const float* offsets, int n,
     unsigned* keys, const unsigned* member_bits, Shared& shared) {
-    constexpr int STRIDE = WARPS * 32 * STEPS;
     int lane = threadIdx.x & 31, mine = 8 * (lane & 3) + (lane >> 2), base = (threadIdx.x >> 5) * 32 * STEPS;
     if (base >= n) return;
     Batch batch;
@@ -32,6 +34,7 @@ __device__ void score_tokens(
     load_query(query_labels, offsets, lane, query);
     for (; base < n; base += STRIDE) {
         Batch next;
+        if (AHEAD && threadIdx.x == 0) prefetch_labels(codes, scales, base + AHEAD * STRIDE, STRIDE, n);
         if (PREFETCH) load_batch(codes, scales, base + STRIDE, n, lane, next);
         unsigned scored[STEPS];  // all before any is stored, so that the steps' chains of arithmetic overlap
 #pragma unroll
@@ -119,6 +122,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     int from = warp_start(threadIdx.x >> 5, n), listed = 0;
     int* target = tokens + row * k_max;
     if (!all) {
+        long long place = row * capacity + first;
+        codes += place * ROW_BYTES, scales += place;
+        if (threadIdx.x == 0) prefetch_labels(codes, scales, 0, AHEAD * STRIDE, n);
         int members = 0;
         if (STICKY) {
             members = mark_members(
@@ -126,9 +132,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         }
         clear_histograms(shared);
         __syncthreads();
-        long long place = row * capacity + first;
-        score_tokens(codes + place * ROW_BYTES, scales + place, query_labels + row * GROUP * CHANNELS,
-                     offsets + row * GROUP, n, keys, member_bits, shared);
+        score_tokens(codes, scales, query_labels + row * GROUP * CHANNELS, offsets + row * GROUP, n, keys,
+                     member_bits, shared);
         __syncthreads();
         if (STICKY) {
             int entering = min(max(new_rows, k - members), k);

@@ -24,6 +24,7 @@ SOURCES = (  # one text, in this order
 )
 THREADS = 512  # as in cluster.cuh
 NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14  # CUfunction_attribute of cuda.h
+PREFETCH_BYTES = 96 * 1024  # labels a CTA asks for ahead, at most; 22 KB are 3 TB/s times 0.9 us (not timed)
 STATIC_BYTES = 28 * 1024  # static shared memory, at most (8 CTAs: 28,080 bytes by ptxas)
 
 
@@ -180,7 +181,7 @@ def build(channels: int, bits: int, group: int, sticky: bool, resolve: bool, clu
     words = max(1, channels * bits // 128)  # 32-bit words a lane holds of one token
     # Two steps of 4 tokens a lane in flight and two more behind them, within 64 registers for
     # the usual labels, so that two CTAs fit an SM; wide labels fill the registers as they are.
-    narrow = words <= 2
+    narrow, steps = words <= 2, 2 if words == 1 else 1
     defines = {
         "CHANNELS": channels,
         "BITS": bits,
@@ -188,9 +189,10 @@ def build(channels: int, bits: int, group: int, sticky: bool, resolve: bool, clu
         "CLUSTER": cluster,
         "STICKY": int(sticky),
         "RESOLVE": int(resolve),
-        "STEPS": 2 if words == 1 else 1,
+        "STEPS": steps,
         "PREFETCH": int(narrow),
         "RESIDENT": 2 if narrow and group <= 4 else 1,
+        "AHEAD": min(4, PREFETCH_BYTES // (THREADS * steps * (channels * bits // 8 + 4))),
     }
     options = ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items()))
     source = "".join(Path(__file__).with_name(name).read_text() for name in SOURCES)
