@@ -10,7 +10,7 @@ from ..kernels.gather import gather_rows
 from ..kernels.query_labels import query_labels
 from ..kernels.residency import resolve
 from ..kernels.scores import label_scores
-from ..kernels.select_cluster import cluster_select_available, select_and_resolve_cluster
+from ..kernels.select_cluster import cluster_select_available, select_by_labels_cluster
 from ..kernels.sparse_decode import sparse_attention
 from ..kernels.sticky import sticky_topk
 from ..kernels.topk import select_topk
@@ -92,26 +92,16 @@ class LayerCache:
             phase == TRUE,
         )
         label_arguments = (labels, offsets, cache.codes, cache.scales, cache.bits)
-        slot_maps = (resident.slot_of_token, resident.token_in_slot, resident.stamps, resident.hand)
-        misses = (work.miss_tokens, work.miss_slots, work.miss_counts, self.counters)
         chosen = (selection.tokens, selection.counts)
         if self.one_kernel:
             before = None if self.previous is None else self.previous.tokens
             limits = (state.budgets, state.lengths, *fixed)
-            select_and_resolve_cluster(
-                *label_arguments,
-                *limits,
-                *chosen,
-                before,
-                self.new_rows or 0,
-                *slot_maps,
-                state.step,
-                phase,
-                *misses,
-            )
-            return
-        label_scores(*label_arguments, state.lengths, *fixed, work.scores)
-        self._top_k(selection, work)
+            select_by_labels_cluster(*label_arguments, *limits, *chosen, before, self.new_rows or 0)
+        else:
+            label_scores(*label_arguments, state.lengths, *fixed, work.scores)
+            self._top_k(selection, work)
+        slot_maps = (resident.slot_of_token, resident.token_in_slot, resident.stamps, resident.hand)
+        misses = (work.miss_tokens, work.miss_slots, work.miss_counts, self.counters)
         resolve(*chosen, *slot_maps, state.step, phase, *misses)
 
     def _top_k(self, selection: Selection, work: Workspace) -> None:

@@ -1,7 +1,4 @@
-// Thread block clusters: rank, barrier, and access to the other CTAs' memory. No includes.
-
-constexpr int THREADS = 512;  // a CTA
-constexpr int WARPS = THREADS / 32;
+// Thread block clusters: rank, barrier, and access to the other CTAs' shared memory. No includes.
 
 __device__ unsigned cta_rank() {
     unsigned rank;
@@ -43,11 +40,4 @@ __device__ void remote_or(const void* local, unsigned rank, unsigned bits) {
                  :
                  : "r"(remote_address(local, rank)), "r"(bits)
                  : "memory");
-}
-
-// Read global memory that another CTA wrote before a cluster barrier, past this SM's first-level cache.
-__device__ int load_fresh(const int* address) {
-    int value;
-    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address));
-    return value;
 }

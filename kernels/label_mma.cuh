@@ -203,20 +203,6 @@ __device__ float score_step(const unsigned (*words)[WORDS], unsigned scale_offse
     return most + log2_fast(sum);
 }
 
-// Bring global memory into the second-level cache. Whole 16-byte units: the last one may be left out.
-__device__ void prefetch_bytes(const void* from, unsigned bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"((size_t)from & ~(size_t)15), "r"(bytes & ~15u));
-}
-
-// One thread asks for the labels of up to `count` of the CTA's n tokens: no registers wait for them, so more
-// can be on their way than the warps' own loads.
-__device__ void prefetch_labels(const unsigned char* codes, const unsigned* scales, int first, int count, int n) {
-    count = min(count, n - first);
-    if (count <= 0) return;
-    prefetch_bytes(codes + (long long)first * ROW_BYTES, count * ROW_BYTES);
-    if (BITS != 16) prefetch_bytes(scales + first, count * sizeof(unsigned));
-}
-
 // What a warp loads at once: STEPS times 32 tokens' codes and (scale, offset) pairs.
 struct Batch {
     unsigned words[STEPS][4][WORDS], pair[STEPS];

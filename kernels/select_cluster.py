@@ -1,9 +1,9 @@
-"""Label scoring, top-k and resolving in one kernel, on GPUs with thread block clusters (sm_90 and newer).
+"""Label scoring and exact top-k in one kernel, on GPUs with thread block clusters (sm_90 and newer).
 
 The CUDA source is compiled at first use through CuPy's RawModule (the extras
 cuda12 and cuda13), once for each label format: call it once before a CUDA graph
 captures it. Where cluster_select_available() is False,
-scores.label_scores, topk.select_topk or sticky.sticky_topk, and residency.resolve do the same work.
+scores.label_scores and topk.select_topk or sticky.sticky_topk do the same work.
 """
 
 import ctypes
@@ -15,17 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-SOURCES = (  # one text, in this order
-    "cluster.cuh",
-    "label_mma.cuh",
-    "cut_cluster.cuh",
-    "resolve_cluster.cuh",
-    "select_cluster.cu",
-)
-THREADS = 512  # as in cluster.cuh
+SOURCES = ("cluster.cuh", "label_mma.cuh", "select_cluster.cu")  # one text, in this order
+THREADS = 512  # as in select_cluster.cu
 NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14  # CUfunction_attribute of cuda.h
-PREFETCH_BYTES = 96 * 1024  # labels a CTA asks for ahead, at most; 22 KB are 3 TB/s times 0.9 us (not timed)
-STATIC_BYTES = 28 * 1024  # static shared memory, at most (8 CTAs: 28,080 bytes by ptxas)
+STATIC_BYTES = 28 * 1024  # struct Shared, at most (8 CTAs: 27,808 bytes by ptxas)
 
 
 def cluster_select_available(device: torch.device, capacity: int) -> bool:
@@ -71,100 +64,35 @@ def select_by_labels_cluster(
     Scores are rounded differently from label_scores (a relative 1e-6 or so), so
     tokens of nearly equal score may change places; the same input gives the same bits.
     """
-    launch(
-        query_labels, offsets, codes, scales, bits, budgets, lengths, sinks, recent, tokens, counts,
-        previous_tokens, new_rows, (),
-    )  # fmt: skip
-
-
-def select_and_resolve_cluster(
-    query_labels: torch.Tensor,
-    offsets: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    bits: int,
-    budgets: torch.Tensor,
-    lengths: torch.Tensor,
-    sinks: int,
-    recent: int,
-    tokens: torch.Tensor,
-    counts: torch.Tensor,
-    previous_tokens: torch.Tensor | None,
-    new_rows: int,
-    slot_of_token: torch.Tensor,
-    token_in_slot: torch.Tensor,
-    stamps: torch.Tensor,
-    hand: torch.Tensor,
-    step: torch.Tensor,
-    phase: int,
-    miss_tokens: torch.Tensor,
-    miss_slots: torch.Tensor,
-    miss_counts: torch.Tensor,
-    counters: torch.Tensor,
-) -> None:
-    """select_by_labels_cluster and then residency.resolve, with their arguments, in one launch.
-
-    slot_of_token [B, Hkv, N]; miss_tokens and miss_slots have the shape of tokens.
-    Maps, lists, hand and counters get the bits of resolve_reference.
-    """
-    launch(
-        query_labels, offsets, codes, scales, bits, budgets, lengths, sinks, recent, tokens, counts,
-        previous_tokens, new_rows,
-        (
-            slot_of_token, token_in_slot, stamps, hand, step, miss_tokens, miss_slots, miss_counts, counters,
-            token_in_slot.shape[-1], phase,
-        ),
-    )  # fmt: skip
-
-
-def launch(
-    query_labels: torch.Tensor,
-    offsets: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    bits: int,
-    budgets: torch.Tensor,
-    lengths: torch.Tensor,
-    sinks: int,
-    recent: int,
-    tokens: torch.Tensor,
-    counts: torch.Tensor,
-    previous_tokens: torch.Tensor | None,
-    new_rows: int,
-    resident: tuple[torch.Tensor | int, ...],
-) -> None:
-    """Launch on the current stream. resident: the kernel's arguments from slot_of_token on, or none."""
     import cupy
 
     batch, kv_heads, capacity = codes.shape[:3]
     channels, group = query_labels.shape[2], query_labels.shape[1] // kv_heads
     sticky = previous_tokens is not None
     previous = tokens if previous_tokens is None else previous_tokens
-    kernel, cluster = compiled(channels, bits, group, sticky, bool(resident), capacity, tokens.device.index)
-    arguments = (
-        query_labels, offsets, codes, scales, budgets, lengths, previous, tokens, counts,
-        kv_heads, capacity, sinks, recent, new_rows, previous.shape[-1], tokens.shape[-1], *resident,
-    )  # fmt: skip
+    kernel, cluster = compiled(channels, bits, group, sticky, capacity, tokens.device.index)
+    pointers = (query_labels, offsets, codes, scales, budgets, lengths, previous, tokens, counts)
+    numbers = (kv_heads, capacity, sinks, recent, new_rows, previous.shape[-1], tokens.shape[-1])
     stream = torch.cuda.current_stream(tokens.device).cuda_stream
     with cupy.cuda.Device(tokens.device.index), cupy.cuda.ExternalStream(stream):
         kernel(
             (cluster, kv_heads, batch),
             (THREADS,),
-            tuple(a.data_ptr() if isinstance(a, torch.Tensor) else np.int32(a) for a in arguments),
+            (*(tensor.data_ptr() for tensor in pointers), *(np.int32(number) for number in numbers)),
             shared_mem=dynamic_bytes(capacity, cluster, sticky),
         )
 
 
 @functools.cache
 def compiled(
-    channels: int, bits: int, group: int, sticky: bool, resolve: bool, capacity: int, device_index: int
+    channels: int, bits: int, group: int, sticky: bool, capacity: int, device_index: int
 ) -> tuple[Any, int]:
     """(kernel, CTAs a cluster): 16 where the device can place such a cluster, else 8."""
     import cupy
 
     with cupy.cuda.Device(device_index):
         for cluster in (16, 8):
-            kernel = build(channels, bits, group, sticky, resolve, cluster)
+            kernel = build(channels, bits, group, sticky, cluster)
             size = dynamic_bytes(capacity, cluster, sticky)
             kernel.max_dynamic_shared_size_bytes = size
             if cluster > 8:
@@ -174,25 +102,23 @@ def compiled(
     raise RuntimeError(f"no thread block cluster of 8 or 16 fits device {device_index} at {capacity} tokens")
 
 
-def build(channels: int, bits: int, group: int, sticky: bool, resolve: bool, cluster: int) -> Any:
+def build(channels: int, bits: int, group: int, sticky: bool, cluster: int) -> Any:
     """Compile the CUDA source for one label format."""
     import cupy
 
     words = max(1, channels * bits // 128)  # 32-bit words a lane holds of one token
     # Two steps of 4 tokens a lane in flight and two more behind them, within 64 registers for
     # the usual labels, so that two CTAs fit an SM; wide labels fill the registers as they are.
-    narrow, steps = words <= 2, 2 if words == 1 else 1
+    narrow = words <= 2
     defines = {
         "CHANNELS": channels,
         "BITS": bits,
         "GROUP": group,
         "CLUSTER": cluster,
         "STICKY": int(sticky),
-        "RESOLVE": int(resolve),
-        "STEPS": steps,
+        "STEPS": 2 if words == 1 else 1,
         "PREFETCH": int(narrow),
         "RESIDENT": 2 if narrow and group <= 4 else 1,
-        "AHEAD": min(4, PREFETCH_BYTES // (THREADS * steps * (channels * bits // 8 + 4))),
     }
     options = ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items()))
     source = "".join(Path(__file__).with_name(name).read_text() for name in SOURCES)

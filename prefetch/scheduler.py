@@ -3,7 +3,8 @@
 All streams and events of decoding are here. Layer i's input is copied to one of
 two buffers; a side stream turns it into layer i+1's query, selects by label and
 finds the missing rows, and a copy stream gathers them, so that the next
-prediction need not wait for this one's rows. Layer i+1 waits for the gather,
+prediction need not wait for this one's rows. Rows that layer i itself fetches
+late go over the link first. Layer i+1 waits for the gather,
 then (mode "correct") makes the true selection and fetches only what the
 prediction missed, or (mode "predict", the paper's DS-Offload) attends to the
 predicted selection as it is.
@@ -55,6 +56,7 @@ class Prefetcher:
             self.ready = {index: torch.cuda.Event() for index in caches}
             self.chosen = {index: torch.cuda.Event() for index in caches}
             self.done = {index: torch.cuda.Event() for index in caches}
+            self.fetched = {index: torch.cuda.Event() for index in caches}
 
     def before_layer(self, index: int, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
         """Called with layer `index`'s input [B, 1, E]: start the prediction for the layer after it."""
@@ -62,24 +64,37 @@ class Prefetcher:
         if target not in self.predicted_layers:
             return
         kept = self._keep_input(index, hidden)
+        if self.on_gpu:
+            self.ready[target].record()
+            with torch.cuda.stream(self.side_stream):
+                self.side_stream.wait_event(self.ready[target])
+                self._delay()
+                self._predict(target, kept, arguments)
+                self.chosen[target].record()
+        else:
+            self._predict(target, kept, arguments)
+        if not self._fetches_late(index):
+            self._gather_ahead(target)
+
+    def _fetches_late(self, index: int) -> bool:
+        """Whether layer `index` fetches rows when it attends: those must not queue behind rows for later."""
+        return index in self.caches and not (self.attend_predicted and index in self.predicted_layers)
+
+    def _gather_ahead(self, target: int) -> None:
+        """Fetch the rows that the prediction for layer `target` misses, on the copy stream."""
         cache, work = self.caches[target], self.side_works[target % 2]
         if not self.on_gpu:
-            self._predict(target, kept, arguments)
             cache.gather(work)
             return
-        self.ready[target].record()
-        with torch.cuda.stream(self.side_stream):
-            self.side_stream.wait_event(self.ready[target])
-            if self.delay_cycles:
-                torch.cuda._sleep(self.delay_cycles)
-            self._predict(target, kept, arguments)
-            self.chosen[target].record()
         with torch.cuda.stream(self.copy_stream):
             self.copy_stream.wait_event(self.chosen[target])
-            if self.delay_cycles:
-                torch.cuda._sleep(self.delay_cycles)
+            self._delay()
             cache.gather(work)
             self.done[target].record()
+
+    def _delay(self) -> None:
+        if self.delay_cycles:
+            torch.cuda._sleep(self.delay_cycles)
 
     def _keep_input(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """A copy that outlives the layer: its own memory is reused on the main stream."""
@@ -111,5 +126,14 @@ class Prefetcher:
             selection = self.selection
             cache.choose(query, scale, selection, self.work, TRUE)
             cache.gather(self.work)
+            if index + 1 in self.predicted_layers:
+                self._after_late_rows(index)
         cache.keep(selection)
         return selection
+
+    def _after_late_rows(self, index: int) -> None:
+        """Layer `index` has its rows: the link is free for those of the next one."""
+        if self.on_gpu:
+            self.fetched[index].record()
+            self.copy_stream.wait_event(self.fetched[index])
+        self._gather_ahead(index + 1)
