@@ -77,8 +77,8 @@ class LengthRotary:
         long = tokens > self.trained
         if long and self.kind == "dynamic":
             raise UserError(
-                f"{tokens} tokens are beyond the {self.trained} that this model was trained for, and its dynamic "
-                "RoPE turns all keys anew whenever the sequence grows; choose a fixed one: --rope-scaling yarn:4"
+                f"{tokens} tokens are beyond the {self.trained} that this model was trained for, and its "
+                "dynamic RoPE turns all keys anew whenever the sequence grows; choose a fixed one in its config"
             )
         changed = long != self.long
         if changed:

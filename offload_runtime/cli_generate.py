@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 
-from .cli_exits import warn
+from .cli_model import config_of, load, plan_of
 from .cli_options import ModelSource
 from .cli_progress import Working, quiet_unless_terminal
 from .cli_stats import check_stats_choice, figures, print_stats, write_json
 from .config import RuntimeConfig, make_config
-from .engine import OffloadedModel, choose_device
+from .engine import choose_device
 from .errors import UserError
-from .memory import measure
-from .model_check import check_config, check_label_channels, load_config, position_warning
-from .planner import Plan, make_plan, require
+from .loading import load_tokenizer
+from .model_check import check_config, check_label_channels
+from .planner import Plan, require
 
 
 @dataclass(frozen=True)
@@ -46,24 +46,13 @@ def run_generate(request: GenerateRequest) -> None:
     check_file(config.calibration, "--calibration")
     text = read_prompt(request.prompt, request.prompt_file)
     place = choose_device(request.source.device)
-    model_config = load_config(request.source.name_or_path, **request.source.hub())
-    shape = check_config(model_config)
-    check_label_channels(config.label_channels, shape)
-    tokenizer = load_tokenizer(request.source)
+    model_config = config_of(request.source)
+    check_label_channels(config.label_channels, check_config(model_config))
+    tokenizer = load_tokenizer(request.source.name_or_path, **request.source.hub())
     ids = tokenise(tokenizer, text, request.chat)
     tokens = ids.shape[1] + request.max_new_tokens
     check_length(ids.shape[1], request.max_new_tokens, config)
-    warning = position_warning(tokens, shape)
-    if warning:
-        warn(warning)
-    plan = make_plan(
-        config,
-        model_config,
-        measure(str(place)),
-        place.type,
-        tokens=tokens,
-        dtype=dtype_of(request.source.dtype),
-    )
+    plan = plan_of(request.source, config, model_config, place, tokens)
     require(plan)
     generate(request, ids, plan)
 
@@ -74,9 +63,7 @@ def generate(request: GenerateRequest, ids: Any, plan: Plan) -> None:
     console = Console(stderr=True)
     quiet_unless_terminal()
     console.print(f"loading {Path(source.name_or_path).name}", style="dim", highlight=False)
-    model = OffloadedModel.from_pretrained(
-        source.name_or_path, device=source.device, dtype=source.dtype, **source.hub(), **request.settings
-    )
+    model = load(source, request.settings)
     try:
         with Working(console, f"prefill of {ids.shape[1]} tokens") as bar:
             streamer = PipeStreamer(model.tokenizer, bar.finish)
@@ -137,14 +124,6 @@ def check_file(name: str | None, option: str) -> None:
         raise UserError(f"{option}: there is no file {name}")
 
 
-def load_tokenizer(source: ModelSource) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(source.name_or_path, **source.hub())
-    except (OSError, ValueError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"model {source.name_or_path} has no usable tokenizer: {lines[0]}") from error
-
-
 def tokenise(tokenizer: Any, text: str, chat: bool) -> Any:
     """Token ids [1, T] of the prompt, as a user's message in a chat if wanted."""
     if not chat:
@@ -164,9 +143,3 @@ def check_length(prompt_tokens: int, new_tokens: int, config: RuntimeConfig) -> 
             f"the prompt has {prompt_tokens} tokens and with {new_tokens} new ones does not fit into "
             f"--ctx {config.ctx}; raise --ctx or shorten the prompt"
         )
-
-
-def dtype_of(name: str | None) -> Any:
-    import torch
-
-    return None if name is None else getattr(torch, name)

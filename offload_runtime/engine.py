@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from .adapter import ModelAdapter
@@ -14,6 +14,7 @@ from .calibration import Calibration
 from .config import RuntimeConfig, make_config
 from .errors import RunError, UserError
 from .generation import TokenLoop
+from .loading import load_model, load_tokenizer
 from .session import Session
 from .stats import collect, memory
 
@@ -78,22 +79,34 @@ class OffloadedModel:
         revision: str | None = None,
         token: str | None = None,
         trust_remote_code: bool = False,
+        rope_scaling: str | None = None,
+        quantize: str | None = None,
+        gguf_file: str | None = None,
         **settings: Any,
     ) -> "OffloadedModel":
-        """Load a model by directory or hub name. `settings` are the fields of RuntimeConfig.
+        """Load a model by directory, hub name or GGUF file. `settings` are the fields of RuntimeConfig.
 
         device: "auto" takes CUDA if there is any. dtype: default the checkpoint's
-        own on CUDA and float32 on CPU. Raises UserError or RunError in one line.
+        own on CUDA and float32 on CPU. rope_scaling: "yarn:4" for contexts past the
+        trained length. quantize: "bnb-4bit" or "torchao-int8". gguf_file: a GGUF file
+        in the directory or repository. Raises UserError or RunError in one line.
         """
         config = make_config(settings)
         place = choose_device(device)
-        if dtype is None:
-            dtype = "auto" if place.type == "cuda" else torch.float32
         source = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **source).to(place)
+        model = load_model(
+            name_or_path, place, dtype=dtype, rope_scaling=rope_scaling, quantize=quantize,
+            gguf_file=gguf_file, **source,
+        )  # fmt: skip
         file = Path(name_or_path) / CALIBRATION_FILE
-        calibration = Calibration.load(file) if config.calibration is None and file.is_file() else None
-        return cls(model, config, load_tokenizer(name_or_path, source), calibration)
+        # A stretched model has other keys than the one that the file in its directory is for.
+        own = config.calibration is None and rope_scaling is None and file.is_file()
+        calibration = Calibration.load(file) if own else None
+        try:
+            tokenizer = load_tokenizer(name_or_path, gguf_file, **source)
+        except UserError:
+            tokenizer = None
+        return cls(model, config, tokenizer, calibration)
 
     @torch.no_grad()
     def generate(
@@ -154,7 +167,7 @@ class OffloadedModel:
             return last
         same_batch = last is not None and last.layout.batch == batch
         holds_tokens = same_batch and any(len(ids) for ids in last.cached_ids)  # type: ignore[union-attr]
-        if holds_tokens and last.layout.capacity > need:  # type: ignore[union-attr]
+        if holds_tokens and last.layout.capacity >= need:  # type: ignore[union-attr]
             assert last is not None
             return last
         self._session = None
@@ -212,14 +225,6 @@ def choose_device(device: str) -> torch.device:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise RunError("no CUDA GPU is usable here; use --device cpu, or see `ds-offload doctor`")
     return place
-
-
-def load_tokenizer(name_or_path: str | Path, source: dict[str, Any]) -> Any:
-    """The model's tokenizer, or None when it has none."""
-    try:
-        return AutoTokenizer.from_pretrained(name_or_path, **source)
-    except (OSError, ValueError):
-        return None
 
 
 def check_calibration(

@@ -49,18 +49,11 @@ class TokenLoop:
         logits = self.session.prefill(prompts, limit, self.on_prefill)
         out = Sequences(input_ids, limit, generation_config)
         fed: list[torch.Tensor] = []
-        while True:
-            next_ids = out.append(logits, logits_processor)
-            stopped = out.stop(stopping_criteria)
-            if not fed:
-                self.times["ttft_s"] = time.perf_counter() - started
-                self.prefill_peak_bytes = take_peak_bytes(model.device)
-            if self.streamer is not None:
-                self.streamer.put(next_ids.cpu())
-            if stopped:
-                break
-            fed.append(next_ids)
-            logits = self.session.step(next_ids)
+        try:
+            self._decode(out, logits, fed, logits_processor, stopping_criteria, started)
+        except BaseException:
+            self.session.remember(prompts, fed[:-1])  # the last step may not have reached every layer
+            raise
         self.decode_peak_bytes = take_peak_bytes(model.device)
         decode_s = time.perf_counter() - started - self.times["ttft_s"]
         self.times["tpot_s"] = decode_s / len(fed) if fed else 0.0
@@ -70,6 +63,31 @@ class TokenLoop:
         if self.streamer is not None:
             self.streamer.end()
         return out.result()
+
+    def _decode(
+        self,
+        out: "Sequences",
+        logits: torch.Tensor,
+        fed: list[torch.Tensor],
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        started: float,
+    ) -> None:
+        """Choose tokens until all sequences stop; those that go back into the model are put in `fed`."""
+        assert self.session is not None
+        device = out.ids.device
+        while True:
+            next_ids = out.append(logits, processors)
+            stopped = out.stop(criteria)
+            if not fed:
+                self.times["ttft_s"] = time.perf_counter() - started
+                self.prefill_peak_bytes = take_peak_bytes(device)
+            if self.streamer is not None:
+                self.streamer.put(next_ids.cpu())
+            if stopped:
+                return
+            fed.append(next_ids)
+            logits = self.session.step(next_ids)
 
 
 class Sequences:
