@@ -65,10 +65,15 @@ class PrefillRun:
                 ).logits
             finally:
                 self.writer.finish()  # also when interrupted: what comes next writes the same host rows
-        if self.done != (self.total - self.kept) * len(self.caches):
+        if not self._finished:
             name = type(self.adapter.attentions[0]).__name__
             raise UserError(f"{name} is not supported: it does not use transformers' attention interface")
         return logits[:, -1]
+
+    @property
+    def _finished(self) -> bool:
+        """Whether every layer has attended for every token."""
+        return self.done == (self.total - self.kept) * len(self.caches)
 
     def _handler(self, index: int) -> Callable[[AttentionCall], torch.Tensor]:
         def handle(call: AttentionCall) -> torch.Tensor:
@@ -143,7 +148,12 @@ class PrefillRun:
         if norm is None:
             yield
             return
-        handle = norm.register_forward_pre_hook(lambda _, arguments: (arguments[0][:, -1:],))
+
+        def last_token(_: Any, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+            # NanoChat's norm comes before the layers too.
+            return (arguments[0][:, -1:],) if self._finished else None
+
+        handle = norm.register_forward_pre_hook(last_token)
         try:
             yield
         finally:
