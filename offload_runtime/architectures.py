@@ -78,7 +78,7 @@ class LengthRotary:
         if long and self.kind == "dynamic":
             raise UserError(
                 f"{tokens} tokens are beyond the {self.trained} that this model was trained for, and its "
-                "dynamic RoPE turns all keys anew whenever the sequence grows; choose a fixed one in its config"
+                "dynamic RoPE turns all keys anew when the sequence grows; choose a fixed one in its config"
             )
         changed = long != self.long
         if changed:

@@ -32,7 +32,7 @@ CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ 
 
 
 class OffloadedCache(Cache):
-    """The caches of one batch of sequences, made for config.ctx tokens each; a budget of 1/16 is a part of ctx.
+    """The caches of one batch of sequences, made for config.ctx tokens each; budgets are parts of ctx.
 
     To transformers it looks like a cache without layers, so the whole input comes
     with every call of generate. Beam search and assisted decoding, which take
