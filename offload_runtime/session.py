@@ -51,6 +51,7 @@ class Session:
         )
         self.decoder = DecodeLoop(adapter, self.caches, self.state, self.prefetcher, config.cuda_graph)
         self.cached_ids: list[torch.Tensor] = [torch.empty(0, dtype=torch.long)] * batch
+        self.long_rotary = False  # which frequencies the cached keys were turned by, where there are two
         self.set_maps()
 
     def _make_cache(self, window: int) -> LayerCache | WindowCache:
@@ -118,8 +119,11 @@ class Session:
     def _keep(self, prompts: Sequence[torch.Tensor], new_tokens: int) -> list[int]:
         """Leading tokens of each prompt that stay cached; forgets all others."""
         rotary, longest = self.adapter.length_rotary, max(len(prompt) for prompt in prompts) + new_tokens
-        if rotary is not None and rotary.choose(longest):
-            self.cached_ids = [ids[:0] for ids in self.cached_ids]  # keys turned by other frequencies
+        if rotary is not None:
+            rotary.choose(longest)
+            if rotary.long != self.long_rotary:
+                self.cached_ids = [ids[:0] for ids in self.cached_ids]  # keys turned by other frequencies
+                self.long_rotary = rotary.long
         kept = []
         for ids, prompt in zip(self.cached_ids, prompts, strict=True):
             shared = shared_prefix(ids, prompt)
@@ -160,7 +164,7 @@ class Session:
             mine.labels.scales[:, :, :size].copy_(theirs.labels.scales)
             mine.maps = theirs.maps
         other.caches.clear()
-        self.cached_ids = other.cached_ids
+        self.cached_ids, self.long_rotary = other.cached_ids, other.long_rotary
 
 
     @staticmethod
