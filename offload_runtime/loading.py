@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .errors import UserError
+from .errors import RunError, UserError
 from .model_check import check_config, first_line, load_config
 
 # --quantize: (package it needs, bits a weight)
@@ -81,7 +81,7 @@ def load_model(
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, ImportError, NotImplementedError, SafetensorError) as error:
-        raise UserError(f"cannot load the weights of {name_or_path}: {first_line(error)}") from error
+        raise RunError(f"cannot load model {name_or_path}: {first_line(error)}") from error
     model = model if quantised else model.to(place)
     assert isinstance(model, PreTrainedModel)
     return model
