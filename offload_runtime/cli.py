@@ -102,14 +102,14 @@ def generate(
 @app.command()
 def chat(
     model: opt.Model = None,
-    document: Annotated[Optional[str], typer.Option(help="A UTF-8 text file to talk about.")] = None,
+    document: Annotated[str | None, typer.Option(help="A UTF-8 text file to talk about.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
-    temperature: Annotated[Optional[float], typer.Option(help="Sample at it; 0 is greedy.")] = None,
-    top_p: Annotated[Optional[float], typer.Option(help="Sample from the likeliest mass p.")] = None,
-    top_k: Annotated[Optional[int], typer.Option(help="Sample from the k likeliest tokens.")] = None,
-    repetition_penalty: Annotated[Optional[float], typer.Option(help="1 is none.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sample at it; 0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest mass p.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1 is none.")] = None,
     ctx: Annotated[
-        Optional[int], typer.Option(help="Most tokens of the conversation. [default: document + 8192]")
+        int | None, typer.Option(help="Most tokens of the conversation. [default: document + 8192]")
     ] = None,
     budget: opt.Budget = None,
     prefetch: opt.Prefetch = None,

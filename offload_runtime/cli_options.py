@@ -42,10 +42,10 @@ TrustRemoteCode = Annotated[
 ]
 
 RopeScaling = Annotated[
-    Optional[str], typer.Option(help="Stretch RoPE past the trained length: yarn:4 or linear:4.")
+    str | None, typer.Option(help="Stretch RoPE past the trained length: yarn:4 or linear:4.")
 ]
-Quantize = Annotated[Optional[str], typer.Option(help="bnb-4bit or torchao-int8, if the package is there.")]
-GgufFile = Annotated[Optional[str], typer.Option(help="A GGUF file in the model's directory or repository.")]
+Quantize = Annotated[str | None, typer.Option(help="bnb-4bit or torchao-int8, if the package is there.")]
+GgufFile = Annotated[str | None, typer.Option(help="A GGUF file in the model's directory or repository.")]
 
 SETTINGS = (
     "ctx",

@@ -46,7 +46,8 @@ def load_config(
     """The config of a model directory or hub name; UserError in one line when there is none."""
     if Path(name_or_path).is_file():
         raise UserError(f"--model {name_or_path} is a file; give the model's directory or its hub name")
-    if gguf_file is None and Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").is_file():
+    folder = Path(name_or_path)
+    if gguf_file is None and folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{name_or_path} is no model directory: it has no config.json")
     if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).exists():
         raise UserError(f"there is no model directory {name_or_path}")
