@@ -139,7 +139,8 @@ def lead_forward(model: PreTrainedModel) -> None:
         if input_ids is None:
             raise UserError("an OffloadedCache takes input_ids, not embeddings")
         logits = cache.forward(input_ids, keywords.get("attention_mask"), keywords.get("position_ids"))
-        return CausalLMOutputWithPast(logits=logits[:, None], **{CACHE_FIELD: cache})  # [B, 1, V]
+        parts: dict[str, Any] = {"logits": logits[:, None], CACHE_FIELD: cache}  # logits [B, 1, V]
+        return CausalLMOutputWithPast(**parts)
 
     forward.leads_to_offloaded_cache = True  # type: ignore[attr-defined]
-    model.forward = forward  # type: ignore[method-assign]
+    model.forward = forward

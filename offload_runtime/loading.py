@@ -46,7 +46,7 @@ def read_config(name_or_path: str | Path, gguf_file: str | None = None, **hub: A
     if gguf:
         require_package("gguf", "to read GGUF files")
         require_package("accelerate", "to read GGUF files")
-    config = load_config(place, **hub, **gguf)
+    config = load_config(place, **hub, gguf_file=gguf.get("gguf_file"))
     if gguf and config.dtype is None:
         config.dtype = (
             torch.bfloat16
@@ -79,12 +79,10 @@ def load_model(
     if quantised:
         options["device_map"] = {"": place}  # packed weights are made where they stay
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, ImportError, NotImplementedError, SafetensorError) as error:
         raise RunError(f"cannot load model {name_or_path}: {first_line(error)}") from error
-    model = model if quantised else model.to(place)
-    assert isinstance(model, PreTrainedModel)
-    return model
+    return model if quantised else model.to(place)
 
 
 def load_tokenizer(name_or_path: str | Path, gguf_file: str | None = None, **hub: Any) -> Any:
