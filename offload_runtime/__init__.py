@@ -11,6 +11,10 @@ def __getattr__(name: str) -> object:
         from .engine import OffloadedModel
 
         return OffloadedModel
+    if name == "OffloadedCache":
+        from .hf_cache import OffloadedCache
+
+        return OffloadedCache
     if name == "RuntimeConfig":
         from .config import RuntimeConfig
 

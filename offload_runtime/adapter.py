@@ -20,6 +20,7 @@ from .errors import UserError
 from .model_check import check_config
 
 IMPLEMENTATION = "ds_offload"
+FINAL_NORMS = ("norm", "final_layernorm", "ln_f")  # names that transformers' decoders give it
 
 
 def unfilled_output(projection: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -96,7 +97,8 @@ class ModelAdapter:
             )
         self.layers: Sequence[nn.Module] = list(layers)
         self.attentions: list[Any] = [layer.self_attn for layer in self.layers]
-        self.final_norm: nn.Module = self.base.norm
+        norms = [getattr(self.base, name) for name in FINAL_NORMS if hasattr(self.base, name)]
+        self.final_norm: nn.Module | None = norms[0] if norms else None
         config = model.config.get_text_config(decoder=True)
         self.query_heads: int = config.num_attention_heads
         self.kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -161,7 +163,8 @@ class ModelAdapter:
     def _keep_table(
         self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], out: Any
     ) -> None:
-        self.rotary_tables[keywords["layer_type"] if "layer_type" in keywords else arguments[2]] = out
+        kind = keywords["layer_type"] if "layer_type" in keywords else arguments[2]
+        self.rotary_tables[kind] = out
 
     def check_call(self, index: int, call: AttentionCall) -> None:
         """UserError when a layer's attention has another shape or window than the config says."""

@@ -72,19 +72,17 @@ class LengthRotary:
         frequencies, _ = ROPE_INIT_FUNCTIONS[self.kind](self.config, device, seq_len=tokens)
         return frequencies.clone()
 
-    def choose(self, tokens: int) -> bool:
-        """Set the frequencies for sequences of up to `tokens`; whether that changed them."""
+    def choose(self, tokens: int) -> None:
+        """Set the frequencies for sequences of up to `tokens`."""
         long = tokens > self.trained
         if long and self.kind == "dynamic":
             raise UserError(
-                f"{tokens} tokens are beyond the {self.trained} that this model was trained for, and its dynamic "
-                "RoPE turns all keys anew whenever the sequence grows; choose a fixed one: --rope-scaling yarn:4"
+                f"{tokens} tokens are beyond the {self.trained} that this model was trained for, and its "
+                "dynamic RoPE turns all keys anew when the sequence grows; choose a fixed one in its config"
             )
-        changed = long != self.long
-        if changed:
+        if long != self.long:
             self.frequencies.copy_(self._frequencies(self.trained + int(long)))
             self.long = long
-        return changed
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -13,8 +13,9 @@ from .calibration import Calibration
 from .calibration_collect import collect, make_blocks, make_calibration
 from .calibration_maps import METHODS, check_request
 from .config import DEFAULT_LABEL_CHANNELS
-from .engine import CALIBRATION_FILE, choose_device, load_tokenizer
+from .engine import CALIBRATION_FILE, choose_device
 from .errors import UserError
+from .loading import load_tokenizer
 from .model_check import first_line
 
 DEFAULT_TOKENS = 32768  # measured: 8,192 give the mass that 16,384 give; four times that to be safe
@@ -44,9 +45,7 @@ def calibrate(
     text = read_texts(text_files)
     place = choose_device(device)
     loaded = load_model(model, place)
-    tokenizer = load_tokenizer(model, {})
-    if tokenizer is None:
-        raise UserError(f"model {model} has no tokenizer; calibration needs one to read text")
+    tokenizer = load_tokenizer(model)
     adapter, name = ModelAdapter(loaded), Path(model).name
     made = calibrate_text(adapter, tokenizer, text, name, method, channels, tokens, seed, progress)
     made.save(target)

@@ -73,6 +73,9 @@ def generate(
     revision: opt.Revision = None,
     token: opt.Token = None,
     trust_remote_code: opt.TrustRemoteCode = False,
+    rope_scaling: opt.RopeScaling = None,
+    quantize: opt.Quantize = None,
+    gguf_file: opt.GgufFile = None,
 ) -> None:
     """Continue a prompt; the text streams to stdout."""
     given = dict(locals())
@@ -90,6 +93,55 @@ def generate(
                 sampling=opt.sampling(given),
                 stats=stats,
                 stats_file=stats_file,
+            )
+        )
+
+
+@app.command()
+def chat(
+    model: opt.Model = None,
+    document: Annotated[str | None, typer.Option(help="A UTF-8 text file to talk about.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
+    temperature: Annotated[float | None, typer.Option(help="Sample at it; 0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest mass p.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1 is none.")] = None,
+    ctx: Annotated[
+        int | None, typer.Option(help="Most tokens of the conversation. [default: document + 8192]")
+    ] = None,
+    budget: opt.Budget = None,
+    prefetch: opt.Prefetch = None,
+    label_channels: opt.LabelChannels = None,
+    label_bits: opt.LabelBits = None,
+    sinks: opt.Sinks = None,
+    recent: opt.Recent = None,
+    slots: opt.Slots = None,
+    new_rows: opt.NewRows = None,
+    chunk_tokens: opt.ChunkTokens = None,
+    calibration: opt.CalibrationFile = None,
+    seed: opt.Seed = None,
+    no_cuda_graph: opt.NoCudaGraph = False,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = None,
+    revision: opt.Revision = None,
+    token: opt.Token = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    rope_scaling: opt.RopeScaling = None,
+    quantize: opt.Quantize = None,
+    gguf_file: opt.GgufFile = None,
+) -> None:
+    """Talk about a document: question after question, its cache kept. Ctrl-C stops an answer."""
+    given = dict(locals())
+    with clean_exit():
+        from .cli_chat import ChatRequest, run_chat
+
+        run_chat(
+            ChatRequest(
+                source=opt.model_source(given),
+                settings=opt.runtime_settings(given),
+                document=document,
+                max_new_tokens=max_new_tokens,
+                sampling=opt.sampling(given),
             )
         )
 
@@ -140,6 +192,9 @@ def plan(
     revision: opt.Revision = None,
     token: opt.Token = None,
     trust_remote_code: opt.TrustRemoteCode = False,
+    rope_scaling: opt.RopeScaling = None,
+    quantize: opt.Quantize = None,
+    gguf_file: opt.GgufFile = None,
 ) -> None:
     """Memory and predicted times of a run, and the largest settings that fit. Loads no weights."""
     given = dict(locals())

@@ -51,5 +51,7 @@ def quiet_libraries() -> None:
     """Keep libraries' advice out of stderr unless the user asked for it."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries are for terminals
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

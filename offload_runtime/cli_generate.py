@@ -7,22 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from safetensors import SafetensorError
-from transformers import AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 
 from .calibration import Calibration
-from .cli_exits import warn
+from .cli_model import config_of, load, plan_of
 from .cli_options import ModelSource
 from .cli_progress import Working, quiet_unless_terminal
 from .cli_stats import check_stats_choice, figures, print_stats, write_json
 from .config import RuntimeConfig, make_config
-from .engine import OffloadedModel, choose_device
-from .errors import RunError, UserError
-from .memory import measure
-from .model_check import check_config, check_label_channels, first_line, load_config, position_warning
-from .planner import Plan, make_plan, require
+from .engine import choose_device
+from .errors import UserError
+from .loading import load_tokenizer
+from .model_check import check_config, check_label_channels
+from .planner import Plan, require
 
 
 @dataclass(frozen=True)
@@ -49,26 +47,15 @@ def run_generate(request: GenerateRequest) -> None:
     check_file(config.calibration, "--calibration")
     text = read_prompt(request.prompt, request.prompt_file)
     place = choose_device(request.source.device)
-    model_config = load_config(request.source.name_or_path, **request.source.hub())
-    shape = check_config(model_config)
-    check_label_channels(config.label_channels, shape)
+    model_config = config_of(request.source)
+    check_label_channels(config.label_channels, check_config(model_config))
     if config.calibration is not None:
         Calibration.load(Path(config.calibration)).check(model_config)
-    tokenizer = load_tokenizer(request.source)
+    tokenizer = load_tokenizer(request.source.name_or_path, **request.source.hub())
     ids = tokenise(tokenizer, text, request.chat)
     tokens = ids.shape[1] + request.max_new_tokens
     check_length(ids.shape[1], request.max_new_tokens, config)
-    warning = position_warning(tokens, shape)
-    if warning:
-        warn(warning)
-    plan = make_plan(
-        config,
-        model_config,
-        measure(str(place)),
-        place.type,
-        tokens=tokens,
-        dtype=dtype_of(request.source.dtype),
-    )
+    plan = plan_of(request.source, config, model_config, place, tokens)
     require(plan)
     generate(request, ids, plan)
 
@@ -78,7 +65,8 @@ def generate(request: GenerateRequest, ids: Any, plan: Plan) -> None:
     source = request.source
     console = Console(stderr=True)
     console.print(f"loading {Path(source.name_or_path).name}", style="dim", highlight=False)
-    model = load_model(source, request.settings)
+    quiet_unless_terminal()
+    model = load(source, request.settings)
     try:
         with Working(console, f"prefill of {ids.shape[1]} tokens") as bar:
             streamer = PipeStreamer(model.tokenizer, bar.finish)
@@ -95,17 +83,6 @@ def generate(request: GenerateRequest, ids: Any, plan: Plan) -> None:
     if request.stats_file is not None:
         write_json(request.stats_file, result)
     print_stats(result, request.stats, console)
-
-
-def load_model(source: ModelSource, settings: dict[str, Any]) -> OffloadedModel:
-    """The model, ready to run; RunError in one line when its files are missing or damaged."""
-    quiet_unless_terminal()
-    try:
-        return OffloadedModel.from_pretrained(
-            source.name_or_path, device=source.device, dtype=source.dtype, **source.hub(), **settings
-        )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise RunError(f"cannot load model {source.name_or_path}: {first_line(error)}") from error
 
 
 class PipeStreamer(TextStreamer):
@@ -150,14 +127,6 @@ def check_file(name: str | None, option: str) -> None:
         raise UserError(f"{option}: there is no file {name}")
 
 
-def load_tokenizer(source: ModelSource) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(source.name_or_path, **source.hub())
-    except (OSError, ValueError) as error:
-        reason = first_line(error)
-        raise UserError(f"model {source.name_or_path} has no usable tokenizer: {reason}") from error
-
-
 def tokenise(tokenizer: Any, text: str, chat: bool) -> Any:
     """Token ids [1, T] of the prompt, as a user's message in a chat if wanted."""
     if not chat:
@@ -177,7 +146,3 @@ def check_length(prompt_tokens: int, new_tokens: int, config: RuntimeConfig) -> 
             f"the prompt has {prompt_tokens} tokens and with {new_tokens} new ones does not fit into "
             f"--ctx {config.ctx}; raise --ctx or shorten the prompt"
         )
-
-
-def dtype_of(name: str | None) -> torch.dtype | None:
-    return None if name is None else getattr(torch, name)

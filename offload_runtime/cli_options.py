@@ -41,6 +41,12 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow a model's own Python code to run.")
 ]
 
+RopeScaling = Annotated[
+    str | None, typer.Option(help="Stretch RoPE past the trained length: yarn:4 or linear:4.")
+]
+Quantize = Annotated[str | None, typer.Option(help="bnb-4bit or torchao-int8, if the package is there.")]
+GgufFile = Annotated[str | None, typer.Option(help="A GGUF file in the model's directory or repository.")]
+
 SETTINGS = (
     "ctx",
     "budget",
@@ -65,13 +71,17 @@ class ModelSource:
     name_or_path: str
     device: str
     dtype: str | None
-    revision: str | None
-    token: str | None
-    trust_remote_code: bool
+    revision: str | None = None
+    token: str | None = None
+    trust_remote_code: bool = False
+    rope_scaling: str | None = None
+    quantize: str | None = None
+    gguf_file: str | None = None
 
     def hub(self) -> dict[str, Any]:
-        """The arguments that transformers' from_pretrained functions share."""
+        """The arguments that loading a config, a tokenizer and weights share."""
         return {
+            "gguf_file": self.gguf_file,
             "revision": self.revision,
             "token": self.token,
             "trust_remote_code": self.trust_remote_code,
@@ -86,7 +96,8 @@ def model_source(given: dict[str, Any]) -> ModelSource:
     if device not in ("auto", "cpu", "cuda") and not device.removeprefix("cuda:").isdigit():
         raise UserError(f"--device is {device!r}; choose auto, cuda or cpu")
     name = model_or_embedded(given["model"])
-    return ModelSource(name, device, dtype, given["revision"], given["token"], given["trust_remote_code"])
+    names = ("revision", "token", "trust_remote_code", "rope_scaling", "quantize", "gguf_file")
+    return ModelSource(name, device, dtype, **{field: given[field] for field in names if field in given})
 
 
 def model_or_embedded(model: str | None) -> str:

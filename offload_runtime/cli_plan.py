@@ -8,15 +8,15 @@ import torch
 from rich.table import Table
 
 from .cli_exits import warn
+from .cli_model import config_of, weights_of
 from .cli_options import ModelSource
 from .config import make_config
 from .console import table_console
 from .errors import UserError
 from .memory import FreeMemory, measure
-from .model_check import check_config, check_label_channels, load_config, position_warning
+from .model_check import check_config, check_label_channels, position_warning
 from .planner import Plan, make_plan
 from .speed import Rates, Times, predict
-from .weights import count_weights
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ def run_plan(request: PlanRequest) -> None:
         raise UserError(f"--batch is {request.batch}; it must be at least 1")
     if not 0 <= request.miss_rate <= 1:
         raise UserError(f"--miss-rate is {request.miss_rate}; it must be between 0 and 1")
-    model_config = load_config(source.name_or_path, **source.hub())
+    model_config = config_of(source)
     shape = check_config(model_config)
     check_label_channels(config.label_channels, shape)
     warning = position_warning(config.ctx, shape)
     if warning:
         warn(warning)
-    weights = count_weights(model_config)
+    weights = weights_of(source, model_config)
     device = "cpu" if source.device == "cpu" else "cuda"
     dtype = getattr(torch, source.dtype) if source.dtype else None
     free = free_memory(request)

@@ -1,25 +1,23 @@
 """OffloadedModel: a transformers causal LM that decodes with its KV cache in host memory."""
 
 import gc
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from .adapter import ModelAdapter
 from .calibration import Calibration
-from .calibration_collect import calibrate_prompt
-from .config import DEFAULT_LABEL_CHANNELS, RuntimeConfig, make_config
+from .config import RuntimeConfig, make_config
 from .errors import RunError, UserError
 from .generation import TokenLoop
-from .session import Session
+from .loading import load_model, load_tokenizer
+from .session import Session, calibration_from_prompt
 from .stats import collect, memory
 
-log = logging.getLogger(__name__)
 CALIBRATION_FILE = "calibration.safetensors"  # looked for in the model's directory
 
 # Arguments of transformers' generate that change the loop itself, and what to say of them.
@@ -81,23 +79,34 @@ class OffloadedModel:
         revision: str | None = None,
         token: str | None = None,
         trust_remote_code: bool = False,
+        rope_scaling: str | None = None,
+        quantize: str | None = None,
+        gguf_file: str | None = None,
         **settings: Any,
     ) -> "OffloadedModel":
-        """Load a model by directory or hub name. `settings` are the fields of RuntimeConfig.
+        """Load a model by directory, hub name or GGUF file. `settings` are the fields of RuntimeConfig.
 
         device: "auto" takes CUDA if there is any. dtype: default the checkpoint's
-        own on CUDA and float32 on CPU. Raises UserError or RunError in one line.
+        own on CUDA and float32 on CPU. rope_scaling: "yarn:4" for contexts past the
+        trained length. quantize: "bnb-4bit" or "torchao-int8". gguf_file: a GGUF file
+        in the directory or repository. Raises UserError or RunError in one line.
         """
         config = make_config(settings)
         place = choose_device(device)
-        if dtype is None:
-            dtype = "auto" if place.type == "cuda" else torch.float32
         source = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
-        model: Any = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **source)
-        model.to(place)
+        model = load_model(
+            name_or_path, place, dtype=dtype, rope_scaling=rope_scaling, quantize=quantize,
+            gguf_file=gguf_file, **source,
+        )  # fmt: skip
         file = Path(name_or_path) / CALIBRATION_FILE
-        calibration = Calibration.load(file) if config.calibration is None and file.is_file() else None
-        return cls(model, config, load_tokenizer(name_or_path, source), calibration)
+        # A stretched model has other keys than the one that the file in its directory is for.
+        own = config.calibration is None and rope_scaling is None and file.is_file()
+        calibration = Calibration.load(file) if own else None
+        try:
+            tokenizer = load_tokenizer(name_or_path, gguf_file, **source)
+        except UserError:
+            tokenizer = None
+        return cls(model, config, tokenizer, calibration)
 
     @torch.no_grad()
     def generate(
@@ -174,12 +183,7 @@ class OffloadedModel:
         """The model's calibration, or one made from the prompt's first tokens when it has none."""
         if self.calibration is not None:
             return self.calibration
-        log.warning(
-            "no calibration file: calibrating on the prompt's first tokens; "
-            "`ds-offload calibrate` makes a better one"
-        )
-        channels = min(self.config.label_channels or DEFAULT_LABEL_CHANNELS, self.adapter.head_dim)
-        return calibrate_prompt(self.adapter, prompt, channels, capacity)
+        return calibration_from_prompt(self.adapter, self.config, prompt, capacity)
 
     def _new_session(self, calibration: Calibration, batch: int, capacity: int) -> Session:
         try:
@@ -229,14 +233,6 @@ def choose_device(device: str) -> torch.device:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise RunError("no CUDA GPU is usable here; use --device cpu, or see `ds-offload doctor`")
     return place
-
-
-def load_tokenizer(name_or_path: str | Path, source: dict[str, Any]) -> Any:
-    """The model's tokenizer, or None when it has none."""
-    try:
-        return AutoTokenizer.from_pretrained(name_or_path, **source)
-    except (OSError, ValueError):
-        return None
 
 
 def check_calibration(calibration: Calibration | None, config: RuntimeConfig, model: PreTrainedModel) -> None:

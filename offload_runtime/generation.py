@@ -52,18 +52,11 @@ class TokenLoop:
         out = Sequences(input_ids, limit, generation_config)
         fed: list[torch.Tensor] = []
         step_ends: list[float] = []
-        while True:
-            next_ids = out.append(logits, logits_processor)
-            stopped = out.stop(stopping_criteria)
-            step_ends.append(time.perf_counter())
-            if not fed:
-                self.prefill_peak_bytes = take_peak_bytes(model.device)
-            if self.streamer is not None:
-                self.streamer.put(next_ids.cpu())
-            if stopped:
-                break
-            fed.append(next_ids)
-            logits = self.session.step(next_ids)
+        try:
+            self._decode(out, logits, fed, step_ends, logits_processor, stopping_criteria)
+        except BaseException:
+            self.session.remember(prompts, fed[:-1])  # the last step may not have reached every layer
+            raise
         self.decode_peak_bytes = take_peak_bytes(model.device)
         self.times = token_times(started, step_ends)
         self.prompt_tokens = sum(len(prompt) for prompt in prompts)
@@ -72,6 +65,31 @@ class TokenLoop:
         if self.streamer is not None:
             self.streamer.end()
         return out.result()
+
+    def _decode(
+        self,
+        out: "Sequences",
+        logits: torch.Tensor,
+        fed: list[torch.Tensor],
+        step_ends: list[float],
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+    ) -> None:
+        """Choose tokens until all sequences stop; those that go back into the model are put in `fed`."""
+        assert self.session is not None
+        device = out.ids.device
+        while True:
+            next_ids = out.append(logits, processors)
+            stopped = out.stop(criteria)
+            step_ends.append(time.perf_counter())
+            if not fed:
+                self.prefill_peak_bytes = take_peak_bytes(device)
+            if self.streamer is not None:
+                self.streamer.put(next_ids.cpu())
+            if stopped:
+                return
+            fed.append(next_ids)
+            logits = self.session.step(next_ids)
 
 
 def token_times(started: float, step_ends: list[float]) -> dict[str, float]:

@@ -37,21 +37,31 @@ class ModelShape:
 
 
 def load_config(
-    name_or_path: str, revision: str | None = None, token: str | None = None, trust_remote_code: bool = False
+    name_or_path: str,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    gguf_file: str | None = None,
 ) -> PretrainedConfig:
     """The config of a model directory or hub name; UserError in one line when there is none."""
     if Path(name_or_path).is_file():
         raise UserError(f"--model {name_or_path} is a file; give the model's directory or its hub name")
-    if Path(name_or_path).is_dir() and not (Path(name_or_path) / "config.json").is_file():
+    folder = Path(name_or_path)
+    if gguf_file is None and folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{name_or_path} is no model directory: it has no config.json")
     if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).exists():
         raise UserError(f"there is no model directory {name_or_path}")
     try:
         config = AutoConfig.from_pretrained(
-            name_or_path, revision=revision, token=token, trust_remote_code=trust_remote_code
+            name_or_path,
+            revision=revision,
+            token=token,
+            trust_remote_code=trust_remote_code,
+            **({} if gguf_file is None else {"gguf_file": gguf_file}),
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read the config of model {name_or_path}: {first_line(error)}") from error
+    except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
+        file = name_or_path if gguf_file is None else f"{name_or_path}/{gguf_file}"
+        raise UserError(f"cannot read the config of model {file}: {first_line(error)}") from error
     assert isinstance(config, PretrainedConfig)
     return config
 
@@ -180,9 +190,18 @@ def position_warning(tokens: int, shape: ModelShape) -> str | None:
         return None
     return (
         f"{tokens} tokens are beyond the {shape.trained_positions} positions this model was trained for; "
-        "expect poor text, or set rope_scaling (YaRN; rope_parameters in newer configs) "
-        "in the model's config.json"
+        f"expect poor text, or stretch its RoPE: --rope-scaling yarn:{-(-tokens // shape.trained_positions)}"
     )
+
+
+def config_note(config: PretrainedConfig) -> str | None:
+    """What a user should know of a supported config, or None."""
+    if getattr(config.get_text_config(decoder=True), "dual_chunk_attention_config", None):
+        return (
+            "this model's config asks for dual chunk attention, which transformers does not compute; "
+            "it runs with plain RoPE and loses quality past the length of a chunk"
+        )
+    return None
 
 
 def embedded_model() -> str:

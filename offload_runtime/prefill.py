@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from .adapter import AttentionCall, ModelAdapter
 from .cache.layer_cache import LayerCache
@@ -57,14 +56,21 @@ class PrefillRun:
         positions = torch.arange(self.kept, self.total, device=token_ids.device)[None]
         handlers = [self._handler(index) for index in range(len(self.caches))]
         with self.adapter.handled_by(handlers), self._chunked_layers(), self._last_token_norm():
-            logits = self.adapter.model(
-                input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=1
-            ).logits
-        self.writer.finish()
-        if self.done != (self.total - self.kept) * len(self.caches):
+            try:
+                logits = self.adapter.model(
+                    input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=1
+                ).logits
+            finally:
+                self.writer.finish()  # also when interrupted: what comes next writes the same host rows
+        if not self._finished:
             name = type(self.adapter.attentions[0]).__name__
             raise UserError(f"{name} is not supported: it does not use transformers' attention interface")
         return logits[:, -1]
+
+    @property
+    def _finished(self) -> bool:
+        """Whether every layer has attended for every token."""
+        return self.done == (self.total - self.kept) * len(self.caches)
 
     def _handler(self, index: int) -> Callable[[AttentionCall], torch.Tensor]:
         def handle(call: AttentionCall) -> torch.Tensor:
@@ -131,8 +137,16 @@ class PrefillRun:
     @contextmanager
     def _last_token_norm(self) -> Iterator[None]:
         """Only the last token's logits are needed: spare the final norm's float32 copy of [S, E]."""
-        norm: nn.Module = self.adapter.final_norm
-        handle = norm.register_forward_pre_hook(lambda _, arguments: (arguments[0][:, -1:],))
+        norm = self.adapter.final_norm
+        if norm is None:
+            yield
+            return
+
+        def last_token(_: Any, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+            # NanoChat's norm comes before the layers too.
+            return (arguments[0][:, -1:],) if self._finished else None
+
+        handle = norm.register_forward_pre_hook(last_token)
         try:
             yield
         finally:

@@ -1,5 +1,6 @@
 """A session: the caches of one batch, its prefill and its decode steps."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,10 +11,13 @@ from .cache.layer_cache import BatchState, LayerCache
 from .cache.layout import KVLayout, biting
 from .cache.window_cache import WindowCache
 from .calibration import Calibration
-from .config import RuntimeConfig, label_width
+from .calibration_collect import calibrate_prompt
+from .config import DEFAULT_LABEL_CHANNELS, RuntimeConfig, label_width
 from .decode import DecodeLoop, query_predictor
 from .prefetch.scheduler import Prefetcher
 from .prefill import PrefillRun, Progress
+
+log = logging.getLogger(__name__)
 
 
 class Session:
@@ -50,6 +54,7 @@ class Session:
         )
         self.decoder = DecodeLoop(adapter, self.caches, self.state, self.prefetcher, config.cuda_graph)
         self.cached_ids: list[torch.Tensor] = [torch.empty(0, dtype=torch.long)] * batch
+        self.long_rotary = False  # which frequencies the cached keys were turned by, where there are two
         self.calibrate(calibration)
 
     def _make_cache(self, window: int) -> LayerCache | WindowCache:
@@ -122,8 +127,11 @@ class Session:
     def _keep(self, prompts: Sequence[torch.Tensor], new_tokens: int) -> list[int]:
         """Leading tokens of each prompt that stay cached; forgets all others."""
         rotary, longest = self.adapter.length_rotary, max(len(prompt) for prompt in prompts) + new_tokens
-        if rotary is not None and rotary.choose(longest):
-            self.cached_ids = [ids[:0] for ids in self.cached_ids]  # keys turned by other frequencies
+        if rotary is not None:
+            rotary.choose(longest)
+            if rotary.long != self.long_rotary:
+                self.cached_ids = [ids[:0] for ids in self.cached_ids]  # keys turned by other frequencies
+                self.long_rotary = rotary.long
         kept = []
         for ids, prompt in zip(self.cached_ids, prompts, strict=True):
             shared = shared_prefix(ids, prompt)
@@ -158,7 +166,7 @@ class Session:
             mine.labels.scales[:, :, :size].copy_(theirs.labels.scales)
             mine.maps.copy_from(theirs.maps)
         other.caches.clear()
-        self.cached_ids = other.cached_ids
+        self.cached_ids, self.long_rotary = other.cached_ids, other.long_rotary
 
     @staticmethod
     def _adopt_window(
@@ -213,3 +221,15 @@ def shared_prefix(cached: torch.Tensor, prompt: torch.Tensor) -> int:
     size = min(len(cached), len(prompt) - 1)
     same = cached[:size] == prompt[:size].cpu()
     return size if bool(same.all()) else int((~same).int().argmax())
+
+
+def calibration_from_prompt(
+    adapter: ModelAdapter, config: RuntimeConfig, prompt: torch.Tensor, capacity: int
+) -> Calibration:
+    """A calibration made from a prompt's first tokens [T], for a model that has none; says so."""
+    log.warning(
+        "no calibration file: calibrating on the prompt's first tokens; "
+        "`ds-offload calibrate` makes a better one"
+    )
+    channels = min(config.label_channels or DEFAULT_LABEL_CHANNELS, adapter.head_dim)
+    return calibrate_prompt(adapter, prompt, channels, capacity)

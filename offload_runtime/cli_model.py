@@ -1,0 +1,63 @@
+"""The model a command names: its config with what is to be said about it, its size, its loading."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from .cli_exits import warn
+from .cli_options import ModelSource
+from .config import RuntimeConfig
+from .engine import OffloadedModel
+from .loading import QUANTISERS, quantisation, read_config, scale_rope
+from .memory import measure
+from .model_check import check_config, check_label_channels, config_note, position_warning
+from .planner import Plan, make_plan
+from .weights import Weights, count_weights
+
+
+def config_of(source: ModelSource) -> PretrainedConfig:
+    """The config as it will be loaded; warnings go to stderr."""
+    config = read_config(source.name_or_path, **source.hub())
+    check_config(config)
+    if source.rope_scaling is not None:
+        warn(scale_rope(config, source.rope_scaling))
+    if source.quantize is not None:
+        quantisation(source.quantize, config)  # UserError when its package is missing
+    note = config_note(config)
+    if note:
+        warn(note)
+    return config
+
+
+def weights_of(source: ModelSource, config: PretrainedConfig) -> Weights:
+    """Parameter counts, with the bits that --quantize asks for."""
+    weights = count_weights(config)
+    return weights if source.quantize is None else replace(weights, bits=QUANTISERS[source.quantize][1])
+
+
+def plan_of(
+    source: ModelSource, config: RuntimeConfig, model: PretrainedConfig, place: torch.device, tokens: int
+) -> Plan:
+    """Check settings against the model, warn about its range, plan memory for `tokens`."""
+    shape = check_config(model)
+    check_label_channels(config.label_channels, shape)
+    warning = position_warning(tokens, shape)
+    if warning:
+        warn(warning)
+    dtype = None if source.dtype is None else getattr(torch, source.dtype)
+    free, weights = measure(str(place)), weights_of(source, model)
+    return make_plan(config, model, free, place.type, tokens=tokens, dtype=dtype, weights=weights)
+
+
+def load(source: ModelSource, settings: dict[str, Any]) -> OffloadedModel:
+    return OffloadedModel.from_pretrained(
+        source.name_or_path,
+        device=source.device,
+        dtype=source.dtype,
+        rope_scaling=source.rope_scaling,
+        quantize=source.quantize,
+        **source.hub(),
+        **settings,
+    )
