@@ -19,6 +19,7 @@ Long = Annotated[
         "Default: refuse; for summarize: map-reduce."
     ),
 ]
+CombineTemplate = Annotated[str, typer.Option(help="The prompt that joins answers about parts (map-reduce).")]
 MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
 TextField = Annotated[str, typer.Option(help="JSONL field with the document's text.")]
 IdField = Annotated[str | None, typer.Option(help="JSONL field with its id. Default: id, else line-N.")]
@@ -44,6 +45,7 @@ def batch(
     prompt_template: Annotated[str, typer.Option(help="A file with {document} in it, or a built-in name.")],
     model: opt.Model = None,
     long: Long = None,
+    combine_template: CombineTemplate = "combine",
     max_new_tokens: MaxNewTokens = 512,
     text_field: TextField = "text",
     id_field: IdField = None,
@@ -90,6 +92,7 @@ def summarize(
     ] = "summarize",
     model: opt.Model = None,
     long: Long = None,
+    combine_template: CombineTemplate = "combine",
     max_new_tokens: MaxNewTokens = 512,
     text_field: TextField = "text",
     id_field: IdField = None,

@@ -44,6 +44,7 @@ class BatchRequest:
     settings: dict[str, Any]
     sampling: dict[str, Any]
     long: str
+    combine_template: str
     max_new_tokens: int
     text_field: str
     id_field: str | None
@@ -118,6 +119,7 @@ def make_job(request: BatchRequest, config: RuntimeConfig, chat: bool) -> Job:
         ctx=config.ctx,
         max_new_tokens=request.max_new_tokens,
         long=request.long,
+        combine=load_template(request.combine_template),
         text_field=request.text_field,
         id_field=request.id_field,
         batch_size=request.batch_size,

@@ -63,7 +63,7 @@ def total_cost(answers: Sequence[Answer]) -> Cost:
         prompt_tokens=sum(answer.prompt_tokens for answer in answers),
         new_tokens=sum(answer.new_tokens for answer in answers),
         ttft_s=answers[-1].ttft_s,
-        tpot_s=decode_s / steps if steps > 0 else 0.0,
+        tpot_s=round(decode_s / steps, 6) if steps > 0 else 0.0,
         hit_rate=sum(rate * n for rate, n in rated) / sum(n for _, n in rated) if rated else None,
         gather_gb=sum(answer.gather_gb for answer in answers),
     )

@@ -56,8 +56,8 @@ class Pace:
 class LogLines(Watcher):
     """Plain lines on stderr: one a document, and one every half minute while a document takes longer."""
 
-    def __init__(self, file: TextIO = sys.stderr) -> None:
-        self.file = file
+    def __init__(self, file: TextIO | None = None) -> None:
+        self.file = file or sys.stderr
         self.last = time.perf_counter()
         self.pace = Pace(0, 0)
 

@@ -1,7 +1,7 @@
 """Running a job: group by group, each line written and fsynced before the next group starts."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -60,23 +60,23 @@ class JobRun:
 
     def run(self, model: Answerer, watchers: Sequence[Watcher] = ()) -> Summary:
         """Do the documents that are left. RunError when the job has to end; its lines are kept."""
-        started, errors = time.perf_counter(), 0
-        left = self.left
-        sizes = {source.id: source.size for source in left}
 
         def on_document(name: str, stage: str, done: int, total: int) -> None:
             for watcher in watchers:
                 watcher.stage(name, stage, done, total)
 
-        for watcher in watchers:
-            watcher.start(len(left), sum(sizes.values()))
         worker = Worker(self.job, model, on_document)
+        return self.collect(map(worker.work, self.groups()), watchers)
+
+    def collect(self, results: Iterable[Sequence[Outcome]], watchers: Sequence[Watcher]) -> Summary:
+        """Write the outcomes of groups as they come, until they end or SIGTERM asks to stop."""
+        started, errors = time.perf_counter(), 0
+        sizes = {source.id: source.size for source in self.left}
+        for watcher in watchers:
+            watcher.start(len(sizes), sum(sizes.values()))
         with StopRequest() as stop:
-            for group in self._groups():
-                if stop.asked:
-                    self.summary = replace(self.summary, stopped=True)
-                    break
-                fresh = [outcome for outcome in worker.work(group) if outcome.record["id"] in sizes]
+            for outcomes in results:
+                fresh = [outcome for outcome in outcomes if outcome.record["id"] in sizes]
                 self.output.append([outcome.record for outcome in fresh])
                 self._count(fresh, time.perf_counter() - started)
                 for watcher in watchers:
@@ -88,9 +88,12 @@ class JobRun:
                         f"{errors} documents failed, more than --max-errors {self.job.max_errors}; "
                         f"the reasons are in {self.output.path}"
                     )
+                if stop.asked:
+                    self.summary = replace(self.summary, stopped=True)
+                    break
         return self.summary
 
-    def _groups(self) -> Iterator[list[Source]]:
+    def groups(self) -> Iterator[list[Source]]:
         """Documents to be done together.
 
         The groups of a batch are fixed by the input's order, so that a job that
