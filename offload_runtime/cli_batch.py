@@ -33,6 +33,9 @@ RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Do documents 
 MaxErrors = Annotated[int | None, typer.Option(help="Stop when more documents fail. Default: never.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no summary.")]
 MetricsPort = Annotated[int | None, typer.Option(help="Serve Prometheus metrics here while it runs.")]
+RayActors = Annotated[
+    int | None, typer.Option(help="Spread the documents over this many Ray actors, one GPU each.")
+]
 Temperature = Annotated[float | None, typer.Option(help="Sample at it. Default: greedy.")]
 TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest mass p.")]
 TopK = Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")]
@@ -61,6 +64,7 @@ def batch(
     max_errors: MaxErrors = None,
     quiet: Quiet = False,
     metrics_port: MetricsPort = None,
+    ray_actors: RayActors = None,
     ctx: opt.Ctx = None,
     budget: opt.Budget = None,
     prefetch: opt.Prefetch = None,
@@ -108,6 +112,7 @@ def summarize(
     max_errors: MaxErrors = None,
     quiet: Quiet = False,
     metrics_port: MetricsPort = None,
+    ray_actors: RayActors = None,
     ctx: opt.Ctx = None,
     budget: opt.Budget = None,
     prefetch: opt.Prefetch = None,

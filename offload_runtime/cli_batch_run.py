@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .jobs.job import parse_shard
 from .jobs.metrics import Metrics
 from .jobs.model_answers import ModelAnswerer
 from .jobs.progress import clock
+from .jobs.ray_job import run_on_ray
 from .jobs.rich_progress import JobBars
 from .memory import measure
 from .model_check import ModelShape, check_config, check_label_channels, load_config, position_warning
@@ -56,6 +58,7 @@ class BatchRequest:
     max_errors: int | None
     quiet: bool
     metrics_port: int | None
+    ray_actors: int | None
 
 
 def run_batch(request: BatchRequest) -> None:
@@ -68,23 +71,16 @@ def run_batch(request: BatchRequest) -> None:
     if chat and not tokenizer.chat_template:
         raise UserError("this model has no chat template; leave --chat out")
     job = make_job(request, config, chat)
-    place = choose_device(request.source.device)
     with watching(request) as watchers, JobRun(job) as run:
-        if run.left:
-            tokens = longest(run, job)
-            free, dtype = measure(str(place)), dtype_of(request.source.dtype)
-            require(
-                make_plan(
-                    config,
-                    model_config,
-                    free,
-                    place.type,
-                    tokens=tokens,
-                    batch=job.batch_size,
-                    dtype=dtype,
-                )
-            )
-            work(request, run, config, chat, watchers)
+        if run.left and request.ray_actors is not None:
+            run_on_ray(run, partial(load, request, config, chat), request.ray_actors, watchers)
+        elif run.left:
+            check_plan(request, run, config, model_config)
+            model = load(request, config, chat)
+            try:
+                run.run(model, watchers)
+            finally:
+                model.release()
         summary = run.summary
     if not request.quiet:
         Console(stderr=True).print(summary_table(summary, job.output_file))
@@ -104,6 +100,8 @@ def job_config(request: BatchRequest, shape: ModelShape) -> RuntimeConfig:
     config = make_config(settings)
     check_file(config.calibration, "--calibration")
     check_label_channels(config.label_channels, shape)
+    if request.ray_actors is not None and request.ray_actors < 1:
+        raise UserError(f"--ray-actors is {request.ray_actors}; it must be at least 1")
     warning = position_warning(config.ctx, shape)
     if warning:
         warn(warning)
@@ -139,6 +137,21 @@ def make_job(request: BatchRequest, config: RuntimeConfig, chat: bool) -> Job:
     )
 
 
+def check_plan(request: BatchRequest, run: JobRun, config: RuntimeConfig, model_config: Any) -> None:
+    """RunError when the longest batch that may come up does not fit this machine."""
+    place = choose_device(request.source.device)
+    plan = make_plan(
+        config,
+        model_config,
+        measure(str(place)),
+        place.type,
+        tokens=longest(run, run.job),
+        batch=run.job.batch_size,
+        dtype=dtype_of(request.source.dtype),
+    )
+    require(plan)
+
+
 def longest(run: JobRun, job: Job) -> int:
     """An upper bound on the tokens of a sequence: no tokenizer makes more tokens than bytes."""
     compressed = [
@@ -152,19 +165,14 @@ def longest(run: JobRun, job: Job) -> int:
     return min(job.ctx, max(source.size for source in run.left) + prompt + job.max_new_tokens)
 
 
-def work(
-    request: BatchRequest, run: JobRun, config: RuntimeConfig, chat: bool, watchers: list[Watcher]
-) -> None:
-    """Load the model and do the documents that are left."""
+def load(request: BatchRequest, config: RuntimeConfig, chat: bool) -> ModelAnswerer:
+    """The model, ready to answer."""
     source = request.source
     quiet_unless_terminal()
     model = OffloadedModel.from_pretrained(
         source.name_or_path, device=source.device, dtype=source.dtype, **source.hub(), **vars(config)
     )
-    try:
-        run.run(ModelAnswerer(model, chat, request.sampling), watchers)
-    finally:
-        model.close()
+    return ModelAnswerer(model, chat, request.sampling)
 
 
 @contextmanager
