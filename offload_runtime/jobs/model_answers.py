@@ -24,10 +24,10 @@ class ModelAnswerer:
         self.eos = eos_ids(model.model.generation_config.eos_token_id)
 
     def count(self, prompt: str) -> int:
-        return len(self._encode(prompt))
+        return len(self.encode(prompt))
 
     def answer(self, prompts: Sequence[str], max_new_tokens: int, on_stage: OnStage) -> list[Answer]:
-        ids = [self._encode(prompt) for prompt in prompts]
+        ids = [self.encode(prompt) for prompt in prompts]
         width = max(map(len, ids))
         # [B, T], padded on the left; any token will do as padding, for the mask hides it
         batch = torch.tensor([[0] * (width - len(row)) + row for row in ids])
@@ -48,7 +48,7 @@ class ModelAnswerer:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _encode(self, prompt: str) -> list[int]:
+    def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt as it is sent."""
         if not self.chat:
             return list(self.tokenizer(prompt).input_ids)
