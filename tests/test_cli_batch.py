@@ -41,31 +41,36 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.stderr
 
 
-def command(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
+def signalled(after: str, number: int, *arguments: str) -> int:
+    """The exit code of a command that gets a signal as soon as `after` is in its log."""
+    process = subprocess.Popen(
         [sys.executable, "-m", "offload_runtime", *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
     )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if after in line:
+            process.send_signal(number)
+            break
+    process.communicate(timeout=120)
+    return process.returncode
 
 
-def test_a_killed_job_goes_on_to_the_same_output(tmp_path: Path) -> None:
+def test_a_stopped_and_killed_job_goes_on_to_the_same_output(tmp_path: Path) -> None:
     job = write_job(tmp_path)
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     code, errors = run(*job, "--output", str(whole))
     assert code == 1  # one document is empty
     assert "5.txt is empty" in errors
-    process = command(*job, "--output", str(killed))
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "[2/6]" in line:
-            break
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    process.stderr.close()
+    assert signalled("[1/6]", signal.SIGTERM, *job, "--output", str(killed)) == 143
+    stopped = killed.read_text().count("\n")
+    assert 1 <= stopped < 4
+    first = f"[1/{6 - stopped}]"
+    assert signalled(first, signal.SIGKILL, *job, "--output", str(killed)) == -signal.SIGKILL
     done = killed.read_text().count("\n")
-    assert 2 <= done < 6
+    assert stopped < done < 6
     code, errors = run(*job, "--output", str(killed))
     assert code == 1
     assert f"{6 - done} documents to do" in errors
