@@ -38,6 +38,16 @@ def test_a_folder_is_searched_and_hidden_files_are_not(tmp_path: Path) -> None:
     assert [source.id for source in find_documents(str(tmp_path / "b.txt"))] == ["b.txt"]
 
 
+def test_a_job_does_not_read_what_it_writes(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"id": "a", "text": "one"}\n')
+    pattern, output = str(tmp_path / "*.json*"), tmp_path / "out.jsonl"
+    assert run_job(make_job(pattern, output), FakeModel()).documents == 1
+    again = run_job(make_job(pattern, output), FakeModel())
+    assert (again.documents, again.left) == (1, 0)
+    with pytest.raises(UserError, match="is the input"):
+        run_job(make_job(tmp_path / "in.jsonl", tmp_path / "in.jsonl"), FakeModel())
+
+
 def test_no_documents_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no documents"):
         find_documents(str(tmp_path))

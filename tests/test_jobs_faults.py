@@ -321,6 +321,14 @@ def as_nobody() -> Iterator[None]:
         os.seteuid(0)
 
 
+def test_an_output_that_is_removed_ends_the_job(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    with JobRun(make_job(source, output)) as run:
+        output.rename(tmp_path / "elsewhere.jsonl")
+        with pytest.raises(RunError, match="was removed or replaced"):
+            run.run(FakeModel())
+
+
 def test_two_jobs_on_one_output(source: Path, expected: bytes, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     job = make_job(source, output, long="map-reduce")

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from ..errors import UserError
 from .jsonl import list_lines
+from .meta import META_SUFFIX, meta_file
 from .readers import READERS, check_libraries, read_file
 
 
@@ -68,13 +69,20 @@ def find_files(pattern: str) -> tuple[Path, list[Path]]:
     place = Path(pattern)
     if os.path.isdir(place):
         found = [path for path in place.rglob("*") if path.suffix.lower() in READERS]
-        return place, sorted(path for path in found if os.path.isfile(path) and not is_hidden(path, place))
+        found = [path for path in found if not is_hidden(path, place)]
+        return place, sorted(path for path in found if is_document(path))
     if os.path.isfile(place):
         return place.parent, [place]
     if not glob.has_magic(pattern):
         raise UserError(f"--input: there is no file or folder {pattern}")
-    matches = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if os.path.isfile(path))
-    return fixed_part(place), matches
+    matches = map(Path, glob.glob(pattern, recursive=True))
+    return fixed_part(place), sorted(path for path in matches if is_document(path))
+
+
+def is_document(path: Path) -> bool:
+    """A file that is no job's output or sidecar: a job may write beside what it reads."""
+    ours = path.name.endswith(META_SUFFIX) or os.path.exists(meta_file(path))
+    return os.path.isfile(path) and not ours
 
 
 def is_hidden(path: Path, base: Path) -> bool:

@@ -8,11 +8,12 @@ from typing import Any
 from .. import __version__
 from ..errors import RunError, UserError
 
+META_SUFFIX = ".meta.json"
 SHOWN = 60  # characters of a setting in a message; a prompt template is longer
 
 
 def meta_file(output: Path) -> Path:
-    return output.with_name(output.name + ".meta.json")
+    return output.with_name(output.name + META_SUFFIX)
 
 
 def check_meta(output: Path, settings: dict[str, Any], has_lines: bool, force: bool) -> None:

@@ -3,8 +3,8 @@
 from typing import Any
 
 from ..errors import UserError
-from .output import Record
 from .progress import Watcher
+from .worker import Outcome
 
 
 class Metrics(Watcher):
@@ -30,8 +30,8 @@ class Metrics(Watcher):
             registry=registry,
             buckets=[1, 3, 10, 30, 100, 300, 1000, 3000],
         )
-        for outcome in ("ok", "error"):
-            self.documents.labels(outcome)
+        for result in ("ok", "error"):
+            self.documents.labels(result)
         try:
             self.server, self.thread = prometheus.start_http_server(port, registry=registry)
         except (OSError, OverflowError) as error:
@@ -40,7 +40,8 @@ class Metrics(Watcher):
     def start(self, documents: int, size: int) -> None:
         self.total.set(documents)
 
-    def finish(self, record: Record, size: int) -> None:
+    def finish(self, outcome: Outcome, size: int) -> None:
+        record = outcome.record
         self.documents.labels("error" if record["error"] else "ok").inc()
         self.tokens.labels("prompt").inc(record["prompt_tokens"])
         self.tokens.labels("new").inc(record["new_tokens"])

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -49,6 +50,10 @@ class OutputFile:
         fresh = [record for record in records if record["id"] not in self.done]
         if not fresh:
             return
+        if not is_still(self.file, self.path):
+            raise RunError(
+                f"{self.path} was removed or replaced while the job ran; put it back and start again"
+            )
         end = os.fstat(self.file).st_size
         try:
             write_all(self.file, b"".join(map(to_line, fresh)))
@@ -108,6 +113,7 @@ class OutputFile:
             write_all(new, b"".join(map(to_line, records)))
             os.fsync(new)
             os.replace(part, self.path)
+            sync_folder(self.path)
         except BaseException as error:
             os.close(new)
             part.unlink(missing_ok=True)
@@ -137,8 +143,19 @@ def open_locked(path: Path) -> int:
                 ) from error
             raise RunError(f"cannot lock {path}: {error.strerror}; use a local disk for --output") from error
         if is_still(file, path):
+            sync_folder(path)
             return file
         os.close(file)  # another job put a new file in its place (--retry-failed) before we had the lock
+
+
+def sync_folder(path: Path) -> None:
+    """Make a new or renamed file's name durable, where the folder can be synced; lines are synced anyway."""
+    with suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def is_still(file: int, path: Path) -> bool:

@@ -5,6 +5,7 @@ import time
 from typing import TextIO
 
 from .output import Record
+from .worker import Outcome
 
 LOG_SECONDS = 30.0  # between lines about a document at work
 
@@ -18,7 +19,7 @@ class Watcher:
     def stage(self, name: str, stage: str, done: int, total: int) -> None:
         """What is being done with a document; total is 0 where there is nothing to count."""
 
-    def finish(self, record: Record, size: int) -> None:
+    def finish(self, outcome: Outcome, size: int) -> None:
         """A line is written; size: the document's bytes on disk."""
 
     def close(self) -> None:
@@ -70,9 +71,12 @@ class LogLines(Watcher):
             share = f" {done / total:.0%}" if total else ""
             self._say(f"{name}: {stage}{share}")
 
-    def finish(self, record: Record, size: int) -> None:
+    def finish(self, outcome: Outcome, size: int) -> None:
+        record = outcome.record
         self.pace.add(record, size)
-        self._say(f"[{self.pace.done}/{self.pace.documents}] {record['id']}: {outcome(record)}{self._rest()}")
+        self._say(
+            f"[{self.pace.done}/{self.pace.documents}] {record['id']}: {in_words(record)}{self._rest()}"
+        )
 
     def _rest(self) -> str:
         left = self.pace.left_s
@@ -83,7 +87,7 @@ class LogLines(Watcher):
         print(f"{time.strftime('%H:%M:%S')} {text}", file=self.file, flush=True)
 
 
-def outcome(record: Record) -> str:
+def in_words(record: Record) -> str:
     """What became of a document, in a few words."""
     if record["error"]:
         return f"failed: {record['error']}"

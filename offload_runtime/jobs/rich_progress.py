@@ -3,8 +3,10 @@
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from .output import Record
-from .progress import Pace, Watcher, clock, outcome
+from .progress import Pace, Watcher, clock, in_words
+from .worker import Outcome
+
+NAME = 40  # characters of a document's id that fit beside the bar
 
 
 class JobBars(Watcher):
@@ -26,13 +28,18 @@ class JobBars(Watcher):
 
     def stage(self, name: str, stage: str, done: int, total: int) -> None:
         self.progress.update(
-            self.document, description=f"{name}: {stage}", completed=done, total=total or None
+            self.document, description=f"{name[-NAME:]}: {stage}", completed=done, total=total or None
         )
 
-    def finish(self, record: Record, size: int) -> None:
+    def finish(self, outcome: Outcome, size: int) -> None:
+        record = outcome.record
         self.pace.add(record, size)
         if record["error"]:
-            self.console.print(f"{record['id']}: {outcome(record)}", markup=False, highlight=False)
+            self.console.print(f"{record['id']}: {in_words(record)}", markup=False, highlight=False)
+        if outcome.answers:
+            last = outcome.answers[-1]
+            gpu = "" if last.gpu_peak_gb is None else f"GPU {last.gpu_peak_gb:.1f} GB, "
+            self.progress.update(self.document, note=f"{gpu}host rows {last.pinned_gb:.1f} GB")
         self._tell()
 
     def _tell(self) -> None:

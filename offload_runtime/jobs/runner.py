@@ -1,11 +1,12 @@
 """Running a job: group by group, each line written and fsynced before the next group starts."""
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 
-from ..errors import RunError
+from ..errors import RunError, UserError
 from .answers import Answerer
 from .documents import Source, find_documents, take_shard
 from .job import Job
@@ -47,6 +48,8 @@ class JobRun:
 
     def __init__(self, job: Job) -> None:
         sources = find_documents(job.input, job.text_field, job.id_field)
+        if os.path.realpath(job.input) == os.path.realpath(job.output_file):
+            raise UserError(f"--output {job.output} is the input; give another file")
         self.job = job
         self.sources = sources if job.shard is None else take_shard(sources, *job.shard)
         self.output = OutputFile(job.output_file, job.settings(), job.force, job.retry_failed)
@@ -81,7 +84,7 @@ class JobRun:
                 self._count(fresh, time.perf_counter() - started)
                 for watcher in watchers:
                     for outcome in fresh:
-                        watcher.finish(outcome.record, sizes[outcome.record["id"]])
+                        watcher.finish(outcome, sizes[outcome.record["id"]])
                 errors += sum(1 for outcome in fresh if outcome.record["error"])
                 if self.job.max_errors is not None and errors > self.job.max_errors:
                     raise RunError(
