@@ -1,7 +1,6 @@
 """The batch commands and the embedded model: options, refusals, one real kill, real batches."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from offload_runtime.cli import app
 from offload_runtime.demo import shipped_prose
 from offload_runtime.jobs.model_answers import ModelAnswerer
 
-from .test_jobs_faults import ROOT, without_times
+from .test_jobs_faults import ROOT, environment, without_times
 
 EMBEDDED = ROOT / "offload_runtime" / "data" / "tiny-256k"
 OPTIONS = ["--ctx", "700", "--budget", "64", "--max-new-tokens", "6", "--device", "cpu"]
@@ -45,7 +44,7 @@ def signalled(after: str, number: int, *arguments: str) -> int:
     """The exit code of a command that gets a signal as soon as `after` is in its log."""
     process = subprocess.Popen(
         [sys.executable, "-m", "offload_runtime", *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=environment(),
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -41,11 +41,17 @@ def write_documents(folder: Path, count: int = DOCUMENTS) -> Path:
 def start(source: Path, output: Path, *options: str, **popen: object) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), str(source), str(output), *options],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=environment(),
         stderr=subprocess.PIPE,
         text=True,
         **popen,
     )
+
+
+def environment() -> dict[str, str]:
+    """This process's, with the checkout on the path."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
