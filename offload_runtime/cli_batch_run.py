@@ -1,5 +1,6 @@
 """`ds-offload batch` and `summarize`: check everything, list and lock, then load the model and work."""
 
+import hashlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from .cli_generate import check_file, dtype_of, load_tokenizer
 from .cli_options import ModelSource
 from .cli_progress import quiet_unless_terminal
 from .config import RuntimeConfig, make_config
-from .engine import OffloadedModel, choose_device
+from .engine import CALIBRATION_FILE, OffloadedModel, choose_device
 from .errors import UserError
 from .jobs import Job, JobRun, LogLines, Summary, Watcher, load_template
 from .jobs.documents import FileSource
@@ -128,6 +129,7 @@ def make_job(request: BatchRequest, config: RuntimeConfig, chat: bool) -> Job:
             "dtype": source.dtype,
             "chat": chat,
             "sampling": request.sampling,
+            "calibration_sha256": calibration_digest(source, config),
             **vars(config),
             "budget": str(config.budget),
         },
@@ -163,6 +165,12 @@ def longest(run: JobRun, job: Job) -> int:
         return job.ctx
     prompt = len(job.template.text.encode()) + PROMPT_SLACK
     return min(job.ctx, max(source.size for source in run.left) + prompt + job.max_new_tokens)
+
+
+def calibration_digest(source: ModelSource, config: RuntimeConfig) -> str | None:
+    """Of the calibration file that the model will be loaded with: another one makes other texts."""
+    file = Path(config.calibration or Path(source.name_or_path) / CALIBRATION_FILE)
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def load(request: BatchRequest, config: RuntimeConfig, chat: bool) -> ModelAnswerer:

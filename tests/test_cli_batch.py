@@ -10,8 +10,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from offload_runtime import OffloadedModel
+from offload_runtime import OffloadedModel, RuntimeConfig
+from offload_runtime import cli_options as opt
 from offload_runtime.cli import app
+from offload_runtime.cli_batch_run import calibration_digest
 from offload_runtime.demo import shipped_prose
 from offload_runtime.jobs.model_answers import ModelAnswerer
 
@@ -182,3 +184,13 @@ def test_a_chat_template_is_used(model: OffloadedModel, monkeypatch: pytest.Monk
     template = "<bos>U: {{ messages[0].content }}\nA:"
     monkeypatch.setattr(model.tokenizer, "chat_template", template)
     assert answerer.count("xy") == 1 + len("U: xy\nA:")
+
+
+def test_another_calibration_is_another_setting(tmp_path: Path) -> None:
+    source = opt.ModelSource(str(tmp_path), "cpu", None, None, None, False)
+    assert calibration_digest(source, RuntimeConfig()) is None
+    (tmp_path / "calibration.safetensors").write_bytes(b"maps")
+    own = calibration_digest(source, RuntimeConfig())
+    (tmp_path / "other").write_bytes(b"other maps")
+    given = calibration_digest(source, RuntimeConfig(calibration=str(tmp_path / "other")))
+    assert len({None, own, given}) == 3
