@@ -148,7 +148,7 @@ def test_a_batch_is_formed_again_as_it_was(tmp_path: Path) -> None:
 
 def test_sigterm_finishes_the_line_and_exits_143(source: Path, expected: bytes, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    process = start(source, output, "--seconds", "0.3")
+    process = start(source, output, "--seconds", "1.5")
     wait_for_start(process)
     time.sleep(0.15)
     process.terminate()
