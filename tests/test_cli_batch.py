@@ -17,7 +17,7 @@ from offload_runtime.cli_batch_run import calibration_digest
 from offload_runtime.demo import shipped_prose
 from offload_runtime.jobs.model_answers import ModelAnswerer
 
-from .test_jobs_faults import ROOT, environment, without_times
+from .jobs_helpers import ROOT, environment, without_times
 
 EMBEDDED = ROOT / "offload_runtime" / "data" / "tiny-256k"
 OPTIONS = ["--ctx", "700", "--budget", "64", "--max-new-tokens", "6", "--device", "cpu"]

@@ -14,9 +14,9 @@ from offload_runtime.jobs import Answer, JobRun, run_job
 from offload_runtime.jobs.answers import OnStage
 
 from .jobs_fake import FakeModel, make_job
+from .jobs_helpers import write_documents
 from .test_cli_batch import run as run_command
 from .test_cli_batch import write_job
-from .test_jobs_faults import write_documents
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 pytest.importorskip("ray.data", reason="the extra `ray` is not installed")
