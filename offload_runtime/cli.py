@@ -2,8 +2,8 @@
 
 Text goes to stdout; progress, warnings and summaries go to stderr. Exit codes:
 0 done, 1 it cannot be done here, 2 the request is wrong, 130 interrupted,
-141 the reader of stdout went away. Torch and transformers are imported by the
-commands, not here, so that --help is fast.
+141 the reader of stdout went away, 143 a batch job stopped on SIGTERM. Torch and
+transformers are imported by the commands, not here, so that --help is fast.
 """
 
 import sys
@@ -14,6 +14,7 @@ import typer
 
 from . import __version__
 from . import cli_options as opt
+from .cli_batch import batch, summarize
 from .cli_exits import clean_exit, quiet_libraries
 
 app = typer.Typer(
@@ -28,6 +29,10 @@ def show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(__version__)
         raise typer.Exit()
+
+
+app.command()(batch)
+app.command()(summarize)
 
 
 @app.callback()

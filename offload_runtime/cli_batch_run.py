@@ -1,0 +1,213 @@
+"""`ds-offload batch` and `summarize`: check everything, list and lock, then load the model and work."""
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .cli_exits import RUN_ERROR, warn
+from .cli_generate import check_file, dtype_of, load_tokenizer
+from .cli_options import ModelSource
+from .cli_progress import quiet_unless_terminal
+from .config import RuntimeConfig, make_config
+from .engine import CALIBRATION_FILE, OffloadedModel, choose_device
+from .errors import UserError
+from .jobs import Job, JobRun, LogLines, Summary, Watcher, load_template
+from .jobs.documents import FileSource
+from .jobs.job import parse_shard
+from .jobs.metrics import Metrics
+from .jobs.model_answers import ModelAnswerer
+from .jobs.progress import clock
+from .jobs.ray_job import run_on_ray
+from .jobs.rich_progress import JobBars
+from .memory import measure
+from .model_check import ModelShape, check_config, check_label_channels, load_config, position_warning
+from .planner import make_plan, require
+
+TERMINATED = 143  # 128 + SIGTERM
+COMPRESSED = (".pdf", ".docx")  # their text may have more bytes than the file
+PROMPT_SLACK = 1024  # tokens for a chat template around the prompt, when bounding a prompt's length
+
+
+@dataclass(frozen=True)
+class BatchRequest:
+    """What the command line asked for."""
+
+    input: str
+    output: Path
+    prompt_template: str
+    source: ModelSource
+    settings: dict[str, Any]
+    sampling: dict[str, Any]
+    long: str
+    combine_template: str
+    max_new_tokens: int
+    text_field: str
+    id_field: str | None
+    batch_size: int
+    shard: str | None
+    chat: bool | None
+    force: bool
+    retry_failed: bool
+    max_errors: int | None
+    quiet: bool
+    metrics_port: int | None
+    ray_actors: int | None
+
+
+def run_batch(request: BatchRequest) -> None:
+    """Do the job. Exits 0 when every document has its answer, 1 when some failed, 143 after SIGTERM."""
+    model_config = load_config(request.source.name_or_path, **request.source.hub())
+    shape = check_config(model_config)
+    config = job_config(request, shape)
+    tokenizer = load_tokenizer(request.source)
+    chat = bool(tokenizer.chat_template) if request.chat is None else request.chat
+    if chat and not tokenizer.chat_template:
+        raise UserError("this model has no chat template; leave --chat out")
+    job = make_job(request, config, chat)
+    with watching(request) as watchers, JobRun(job) as run:
+        if run.left and request.ray_actors is not None:
+            run_on_ray(run, partial(load, request, config, chat), request.ray_actors, watchers)
+        elif run.left:
+            check_plan(request, run, config, model_config)
+            model = load(request, config, chat)
+            try:
+                run.run(model, watchers)
+            finally:
+                model.release()
+        summary = run.summary
+    if not request.quiet:
+        Console(stderr=True).print(summary_table(summary, job.output_file))
+    if summary.stopped:
+        sys.exit(TERMINATED)
+    if summary.failed:
+        sys.exit(RUN_ERROR)
+
+
+def job_config(request: BatchRequest, shape: ModelShape) -> RuntimeConfig:
+    """The runtime's settings; by default ctx is what the model was trained for, at most 262,144."""
+    settings = dict(request.settings)
+    if request.sampling["do_sample"]:
+        settings.setdefault("seed", 0)  # a job that is started again must write the same text
+    if "ctx" not in settings and shape.trained_positions:
+        settings["ctx"] = min(RuntimeConfig.ctx, shape.trained_positions)
+    config = make_config(settings)
+    check_file(config.calibration, "--calibration")
+    check_label_channels(config.label_channels, shape)
+    if request.ray_actors is not None and request.ray_actors < 1:
+        raise UserError(f"--ray-actors is {request.ray_actors}; it must be at least 1")
+    warning = position_warning(config.ctx, shape)
+    if warning:
+        warn(warning)
+    return config
+
+
+def make_job(request: BatchRequest, config: RuntimeConfig, chat: bool) -> Job:
+    source = request.source
+    return Job(
+        input=request.input,
+        output=request.output,
+        template=load_template(request.prompt_template),
+        ctx=config.ctx,
+        max_new_tokens=request.max_new_tokens,
+        long=request.long,
+        combine=load_template(request.combine_template),
+        text_field=request.text_field,
+        id_field=request.id_field,
+        batch_size=request.batch_size,
+        shard=None if request.shard is None else parse_shard(request.shard),
+        model_settings={
+            "model": source.name_or_path,
+            "revision": source.revision,
+            "dtype": source.dtype,
+            "chat": chat,
+            "sampling": request.sampling,
+            "calibration_sha256": calibration_digest(source, config),
+            **vars(config),
+            "budget": str(config.budget),
+        },
+        force=request.force,
+        retry_failed=request.retry_failed,
+        max_errors=request.max_errors,
+    )
+
+
+def check_plan(request: BatchRequest, run: JobRun, config: RuntimeConfig, model_config: Any) -> None:
+    """RunError when the longest batch that may come up does not fit this machine."""
+    place = choose_device(request.source.device)
+    plan = make_plan(
+        config,
+        model_config,
+        measure(str(place)),
+        place.type,
+        tokens=longest(run, run.job),
+        batch=run.job.batch_size,
+        dtype=dtype_of(request.source.dtype),
+    )
+    require(plan)
+
+
+def longest(run: JobRun, job: Job) -> int:
+    """An upper bound on the tokens of a sequence: no tokenizer makes more tokens than bytes."""
+    compressed = [
+        source
+        for source in run.left
+        if isinstance(source, FileSource) and source.path.suffix.lower() in COMPRESSED
+    ]
+    if compressed:
+        return job.ctx
+    prompt = len(job.template.text.encode()) + PROMPT_SLACK
+    return min(job.ctx, max(source.size for source in run.left) + prompt + job.max_new_tokens)
+
+
+def calibration_digest(source: ModelSource, config: RuntimeConfig) -> str | None:
+    """Of the calibration file that the model will be loaded with: another one makes other texts."""
+    file = Path(config.calibration or Path(source.name_or_path) / CALIBRATION_FILE)
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def load(request: BatchRequest, config: RuntimeConfig, chat: bool) -> ModelAnswerer:
+    """The model, ready to answer."""
+    source = request.source
+    quiet_unless_terminal()
+    model = OffloadedModel.from_pretrained(
+        source.name_or_path, device=source.device, dtype=source.dtype, **source.hub(), **vars(config)
+    )
+    return ModelAnswerer(model, chat, request.sampling)
+
+
+@contextmanager
+def watching(request: BatchRequest) -> Iterator[list[Watcher]]:
+    """Bars on a terminal, log lines elsewhere, nothing with --quiet; metrics if asked for."""
+    console = Console(stderr=True)
+    watchers: list[Watcher] = []
+    if not request.quiet:
+        watchers.append(JobBars(console) if console.is_terminal else LogLines())
+    if request.metrics_port is not None:
+        watchers.append(Metrics(request.metrics_port))
+    try:
+        yield watchers
+    finally:
+        for watcher in watchers:
+            watcher.close()
+
+
+def summary_table(summary: Summary, output: Path) -> Table:
+    table = Table("what", "figure", title=str(output))
+    table.add_row("documents", str(summary.documents))
+    table.add_row("written before / now / left", f"{summary.earlier} / {summary.written} / {summary.left}")
+    table.add_row("failed", f"{summary.failed}" + (" (--retry-failed)" if summary.failed else ""))
+    if summary.written:
+        table.add_row("prompt / new tokens", f"{summary.prompt_tokens} / {summary.new_tokens}")
+        table.add_row("time", clock(summary.seconds))
+        table.add_row("documents an hour", f"{3600 * summary.written / summary.seconds:.1f}")
+        gpu = "" if summary.gpu_peak_gb is None else f"GPU peak {summary.gpu_peak_gb:.2f} GB, "
+        table.add_row("memory", f"{gpu}host rows {summary.pinned_gb:.2f} GB")
+    return table
