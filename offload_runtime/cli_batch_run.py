@@ -13,11 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from .cli_exits import RUN_ERROR, warn
-from .cli_generate import check_file, dtype_of, load_tokenizer
+from .cli_generate import check_file
+from .cli_model import config_of, plan_of
+from .cli_model import load as load_offloaded
 from .cli_options import ModelSource
 from .cli_progress import quiet_unless_terminal
 from .config import RuntimeConfig, make_config
-from .engine import CALIBRATION_FILE, OffloadedModel, choose_device
+from .engine import CALIBRATION_FILE, choose_device
 from .errors import UserError
 from .jobs import Job, JobRun, LogLines, Summary, Watcher, load_template
 from .jobs.documents import FileSource
@@ -27,9 +29,9 @@ from .jobs.model_answers import ModelAnswerer
 from .jobs.progress import clock
 from .jobs.ray_job import run_on_ray
 from .jobs.rich_progress import JobBars
-from .memory import measure
-from .model_check import ModelShape, check_config, check_label_channels, load_config, position_warning
-from .planner import make_plan, require
+from .loading import load_tokenizer
+from .model_check import ModelShape, check_config, check_label_channels, position_warning
+from .planner import require
 
 TERMINATED = 143  # 128 + SIGTERM
 COMPRESSED = (".pdf", ".docx")  # their text may have more bytes than the file
@@ -64,10 +66,10 @@ class BatchRequest:
 
 def run_batch(request: BatchRequest) -> None:
     """Do the job. Exits 0 when every document has its answer, 1 when some failed, 143 after SIGTERM."""
-    model_config = load_config(request.source.name_or_path, **request.source.hub())
+    model_config = config_of(request.source)
     shape = check_config(model_config)
     config = job_config(request, shape)
-    tokenizer = load_tokenizer(request.source)
+    tokenizer = load_tokenizer(request.source.name_or_path, **request.source.hub())
     chat = bool(tokenizer.chat_template) if request.chat is None else request.chat
     if chat and not tokenizer.chat_template:
         raise UserError("this model has no chat template; leave --chat out")
@@ -142,16 +144,8 @@ def make_job(request: BatchRequest, config: RuntimeConfig, chat: bool) -> Job:
 def check_plan(request: BatchRequest, run: JobRun, config: RuntimeConfig, model_config: Any) -> None:
     """RunError when the longest batch that may come up does not fit this machine."""
     place = choose_device(request.source.device)
-    plan = make_plan(
-        config,
-        model_config,
-        measure(str(place)),
-        place.type,
-        tokens=longest(run, run.job),
-        batch=run.job.batch_size,
-        dtype=dtype_of(request.source.dtype),
-    )
-    require(plan)
+    tokens, batch = longest(run, run.job), run.job.batch_size
+    require(plan_of(request.source, config, model_config, place, tokens, batch))
 
 
 def longest(run: JobRun, job: Job) -> int:
@@ -177,10 +171,7 @@ def load(request: BatchRequest, config: RuntimeConfig, chat: bool) -> ModelAnswe
     """The model, ready to answer."""
     source = request.source
     quiet_unless_terminal()
-    model = OffloadedModel.from_pretrained(
-        source.name_or_path, device=source.device, dtype=source.dtype, **source.hub(), **vars(config)
-    )
-    return ModelAnswerer(model, chat, request.sampling)
+    return ModelAnswerer(load_offloaded(source, vars(config)), chat, request.sampling)
 
 
 @contextmanager

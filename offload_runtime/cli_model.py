@@ -38,7 +38,12 @@ def weights_of(source: ModelSource, config: PretrainedConfig) -> Weights:
 
 
 def plan_of(
-    source: ModelSource, config: RuntimeConfig, model: PretrainedConfig, place: torch.device, tokens: int
+    source: ModelSource,
+    config: RuntimeConfig,
+    model: PretrainedConfig,
+    place: torch.device,
+    tokens: int,
+    batch: int = 1,
 ) -> Plan:
     """Check settings against the model, warn about its range, plan memory for `tokens`."""
     shape = check_config(model)
@@ -48,7 +53,9 @@ def plan_of(
         warn(warning)
     dtype = None if source.dtype is None else getattr(torch, source.dtype)
     free, weights = measure(str(place)), weights_of(source, model)
-    return make_plan(config, model, free, place.type, tokens=tokens, dtype=dtype, weights=weights)
+    return make_plan(
+        config, model, free, place.type, tokens=tokens, batch=batch, dtype=dtype, weights=weights
+    )
 
 
 def load(source: ModelSource, settings: dict[str, Any]) -> OffloadedModel:

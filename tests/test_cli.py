@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, T5Config
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MambaConfig, T5Config
 from typer.testing import CliRunner, Result
 
-from offload_runtime import cli_generate
+from offload_runtime import cli_model
 from offload_runtime.cli import app
 from offload_runtime.memory import FreeMemory
 
@@ -110,8 +110,8 @@ def test_too_little_memory_is_refused_before_loading(monkeypatch: pytest.MonkeyP
     def must_not_load(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(cli_generate, "measure", lambda _: FreeMemory(host=900_000_000))
-    monkeypatch.setattr(cli_generate.OffloadedModel, "from_pretrained", must_not_load)
+    monkeypatch.setattr(cli_model, "measure", lambda _: FreeMemory(host=900_000_000))
+    monkeypatch.setattr(cli_model.OffloadedModel, "from_pretrained", must_not_load)
     arguments = ("--prompt", "a", "--max-new-tokens", "100000", "--device", "cpu")
     refused(run("generate", *arguments), 1, "0.90 GB are free", "--ctx ")
 
@@ -159,8 +159,8 @@ class FakeModel:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
     source = ROOT / "offload_runtime" / "data" / "tiny-256k"
-    model = FakeModel(cli_generate.AutoTokenizer.from_pretrained(source))
-    monkeypatch.setattr(cli_generate.OffloadedModel, "from_pretrained", lambda *_, **__: model)
+    model = FakeModel(AutoTokenizer.from_pretrained(source))
+    monkeypatch.setattr(cli_model.OffloadedModel, "from_pretrained", lambda *_, **__: model)
     return model
 
 
@@ -209,7 +209,7 @@ def test_beyond_trained_positions_warns(fake: FakeModel, tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8}))
     result = run("generate", "--prompt", "abcdefghijkl", "--model", str(tmp_path))
     assert result.exit_code == 0
-    assert "rope_scaling" in result.stderr
+    assert "--rope-scaling" in result.stderr
     assert "8 positions" in result.stderr
 
 
@@ -223,7 +223,7 @@ def test_generate_agrees_with_transformers() -> None:
     )
     assert result.exit_code == 0, result.stderr
     source = ROOT / "offload_runtime" / "data" / "tiny-256k"
-    tokenizer = cli_generate.AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
     model = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     out = model.generate(ids, max_new_tokens=8, do_sample=False)

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from offload_runtime.calibration import Calibration
-
-from .models import logits_of, offloaded, random_ids, random_llama
+from .models import identity_calibration, logits_of, offloaded, random_ids, random_llama
 
 NEW_TOKENS = 6
 # One below, at and above: sinks (4), sinks + recent (20), a chunk (64), two chunks, the capacity step (1024).
@@ -89,19 +87,6 @@ def test_batch_equals_one_by_one(device, side, budget):
         single.calibration = calibration
         alone = single.generate(prompt[None], max_new_tokens=NEW_TOKENS, do_sample=False)
         assert out[row, 150:].tolist() == alone[0, len(prompt) :].tolist()
-
-
-def identity_calibration(model):
-    config = model.config
-    layers, heads, kv_heads = config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads
-    unit = torch.eye(config.head_dim)[:16]
-    return Calibration(
-        query_map=unit.expand(layers, heads, -1, -1),
-        key_map=unit.expand(layers, kv_heads, -1, -1),
-        key_mean=torch.zeros(layers, kv_heads, config.head_dim),
-        unpredicted_layers=(0,),
-        provenance={},
-    )
 
 
 def test_second_call_starts_clean(device):

@@ -10,6 +10,11 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("kernels", "cache", "prefetch", "offload_runtime")  # each may import itself and those before it
 TRANSFORMERS = {
     "adapter.py",
+    "architectures.py",  # a config's type
+    "cli_chat.py",  # streamer
+    "cli_model.py",  # a config's type
+    "hf_cache.py",  # its Cache class
+    "loading.py",
     "calibrate_command.py",
     "calibration.py",
     "calibration_collect.py",

@@ -16,7 +16,7 @@ from offload_runtime.session import Session
 from offload_runtime.speed import Rates, predict
 from offload_runtime.weights import count_weights
 
-from .models import random_llama
+from .models import identity_calibration, random_llama
 
 GB = 10**9
 LLAMA_8B = LlamaConfig(
@@ -61,9 +61,9 @@ def test_caches_take_what_the_plan_says() -> None:
     model = random_llama()
     from offload_runtime.adapter import ModelAdapter
 
-    config = RuntimeConfig(ctx=2048, budget=64)
+    config = RuntimeConfig(ctx=2048, budget=64, label_channels=16)
     plan = make_plan(config, model.config, PLENTY, "cpu", tokens=1500, batch=2)
-    session = Session(ModelAdapter(model), config, None, 2, config.capacity(1500))
+    session = Session(ModelAdapter(model), config, identity_calibration(model), 2, config.capacity(1500))
     assert session.layout == plan.layout
     host = sum(cache.host.rows.nbytes for cache in session.caches)
     labels = sum(cache.labels.codes.nbytes + cache.labels.scales.nbytes for cache in session.caches)
@@ -172,7 +172,7 @@ def test_trained_positions_follow_the_scaling() -> None:
 def test_position_warning_and_label_channels() -> None:
     shape = check_config(LLAMA_8B)
     assert position_warning(131072, shape) is None
-    assert "rope_scaling" in str(position_warning(131073, shape))
+    assert "--rope-scaling" in str(position_warning(131073, shape))
     check_label_channels(None, shape)
     check_label_channels(128, shape)
     with pytest.raises(UserError, match="head_dim is 128"):
