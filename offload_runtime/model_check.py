@@ -197,7 +197,8 @@ def position_warning(tokens: int, shape: ModelShape) -> str | None:
         return None
     return (
         f"{tokens} tokens are beyond the {shape.trained_positions} positions this model was trained for; "
-        f"expect poor text, or stretch its RoPE: --rope-scaling yarn:{-(-tokens // shape.trained_positions)}"
+        "expect poor text, or stretch its RoPE if it is not scaled yet: --rope-scaling "
+        f"yarn:{-(-tokens // shape.trained_positions)}"
     )
 
 
