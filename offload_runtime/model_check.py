@@ -13,7 +13,14 @@ from .architectures import layer_windows
 from .errors import UserError
 
 SUPPORTED_LAYERS = ("full_attention", "sliding_attention")
-STATE_SPACE_FIELDS = ("ssm_state_size", "state_size", "mamba_d_state", "conv_L_cache", "rwkv_hidden_size")
+STATE_SPACE_FIELDS = (
+    "ssm_state_size",
+    "state_size",
+    "mamba_d_state",
+    "conv_L_cache",
+    "rwkv_hidden_size",
+    "lru_width",
+)
 # Attention that the config does not tell apart from the usual one.
 OTHER_ATTENTION = {"diffllama": "differential attention"}
 DECODERS_WANTED = "ds-offload decodes causal LMs of rotary full-attention layers (Llama, Qwen, Mistral, ...)"
@@ -190,7 +197,8 @@ def position_warning(tokens: int, shape: ModelShape) -> str | None:
         return None
     return (
         f"{tokens} tokens are beyond the {shape.trained_positions} positions this model was trained for; "
-        f"expect poor text, or stretch its RoPE: --rope-scaling yarn:{-(-tokens // shape.trained_positions)}"
+        "expect poor text, or stretch its RoPE if it is not scaled yet: --rope-scaling "
+        f"yarn:{-(-tokens // shape.trained_positions)}"
     )
 
 
