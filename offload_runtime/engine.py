@@ -15,9 +15,11 @@ from .config import RuntimeConfig, make_config
 from .errors import RunError, UserError
 from .generation import TokenLoop
 from .session import Session
+from .snapshot import Snapshot, save
 from .stats import collect, memory
 
 CALIBRATION_FILE = "calibration.safetensors"  # looked for in the model's directory
+LOAD_ROOM_TOKENS = 1024  # a question and its answer after a loaded document
 
 # Arguments of transformers' generate that change the loop itself, and what to say of them.
 UNSUPPORTED = {
@@ -188,9 +190,38 @@ class OffloadedModel:
             "prompt_tokens": loop.prompt_tokens,
             "new_tokens": loop.new_tokens,
             "cached_tokens": cached,
+            "reused_tokens": session.kept_tokens,
             **collect(session.caches, prefetcher.predicted_layers, prefetcher.attend_predicted),
             **memory(session.layout, weight_bytes, loop.prefill_peak_bytes, loop.decode_peak_bytes),
         }
+
+    def save_cache(self, directory: str | Path) -> None:
+        """Keep the cached tokens' rows and labels on disk, so that load_cache can go on from them.
+
+        Written whole or not at all; a snapshot already in `directory` is replaced.
+        For a document to ask many questions of, generate one token first. A layer
+        with a sliding window holds its last tokens only, so such a model goes on
+        from exactly the tokens saved.
+        """
+        if self._session is None:
+            raise UserError("there is nothing to save yet: generate first, then save the cache")
+        save(self._session, directory)
+
+    def load_cache(self, directory: str | Path, new_tokens: int = LOAD_ROOM_TOKENS) -> int:
+        """Take over what save_cache wrote; generate(ids, resume=True) then prefills only what is new.
+
+        new_tokens: room to make beyond the saved tokens. Returns the tokens loaded.
+        UserError when the snapshot is damaged or another model's.
+        """
+        snapshot = Snapshot.open(directory)
+        snapshot.check(self.adapter, self.config, self.calibration)
+        capacity = snapshot.capacity(self.adapter, self.config, new_tokens)
+        self._session = None
+        gc.collect()
+        session = self._new_session(snapshot.header["layout"]["batch"], capacity)
+        snapshot.fill(session)
+        self._session = session
+        return sum(snapshot.header["lengths"])
 
     def close(self) -> None:
         """Free the caches, their pinned memory and the matrix library's workspaces."""

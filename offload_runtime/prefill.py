@@ -107,7 +107,11 @@ class PrefillRun:
         if isinstance(cache, WindowCache):
             cache.restore(self.sequence, self.rows[:, : self.kept])
             return
-        self.rows[:, : self.kept].copy_(cache.host.rows[self.sequence, :, : self.kept], non_blocking=True)
+        kept = cache.host.rows[self.sequence, :, : self.kept]
+        # Head by head: each [kept, row] is contiguous, so pinned rows go straight to the copy engine. As
+        # one strided copy PyTorch would first gather them in pageable memory.
+        for source, target in zip(kept, self.rows[:, : self.kept], strict=True):
+            target.copy_(source, non_blocking=True)
 
     def _advance(self, cache: LayerCache | WindowCache, count: int) -> None:
         self.position += count

@@ -50,6 +50,7 @@ class Session:
         )
         self.decoder = DecodeLoop(adapter, self.caches, self.state, self.prefetcher, config.cuda_graph)
         self.cached_ids: list[torch.Tensor] = [torch.empty(0, dtype=torch.long)] * batch
+        self.kept_tokens = 0  # of the last prefill: tokens that were cached already
         self.set_maps()
 
     def _make_cache(self, window: int) -> LayerCache | WindowCache:
@@ -82,6 +83,7 @@ class Session:
         Returns the logits [B, V] after each prompt's last token.
         """
         kept = self._keep(prompts, new_tokens)
+        self.kept_tokens = sum(kept)
         for cache in self.offloaded.values():
             cache.clear()  # resident rows only; host rows and labels of the kept tokens stay
         self.state.step.zero_()
