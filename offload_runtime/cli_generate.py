@@ -3,7 +3,7 @@
 import codecs
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,12 @@ from .cli_stats import check_stats_choice, figures, print_stats, write_json
 from .config import RuntimeConfig, make_config
 from .engine import OffloadedModel, choose_device
 from .errors import RunError, UserError
+from .fitting import fit
 from .memory import measure
 from .model_check import check_config, check_label_channels, first_line, load_config, position_warning
 from .planner import Plan, make_plan, require
+from .snapshot import Snapshot, check_target
+from .weights import count_weights
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class GenerateRequest:
     sampling: dict[str, Any]
     stats: str
     stats_file: Path | None
+    save_cache: Path | None = None
+    load_cache: Path | None = None
 
 
 def run_generate(request: GenerateRequest) -> None:
@@ -47,6 +52,8 @@ def run_generate(request: GenerateRequest) -> None:
         raise UserError(f"--max-new-tokens is {request.max_new_tokens}; it must be at least 1")
     check_stats_choice(request.stats, request.stats_file)
     check_file(config.calibration, "--calibration")
+    if request.save_cache is not None:
+        check_target(request.save_cache)
     text = read_prompt(request.prompt, request.prompt_file)
     place = choose_device(request.source.device)
     model_config = load_config(request.source.name_or_path, **request.source.hub())
@@ -54,6 +61,8 @@ def run_generate(request: GenerateRequest) -> None:
     check_label_channels(config.label_channels, shape)
     if config.calibration is not None:
         Calibration.load(Path(config.calibration)).check(model_config)
+    if request.load_cache is not None:
+        Snapshot.open(request.load_cache).check_config(model_config)
     tokenizer = load_tokenizer(request.source)
     ids = tokenise(tokenizer, text, request.chat)
     tokens = ids.shape[1] + request.max_new_tokens
@@ -61,14 +70,20 @@ def run_generate(request: GenerateRequest) -> None:
     warning = position_warning(tokens, shape)
     if warning:
         warn(warning)
-    plan = make_plan(
-        config,
-        model_config,
-        measure(str(place)),
-        place.type,
-        tokens=tokens,
-        dtype=dtype_of(request.source.dtype),
-    )
+    free, weights, dtype = measure(str(place)), count_weights(model_config), dtype_of(request.source.dtype)
+
+    def plan_of(trial: RuntimeConfig) -> Plan:
+        return make_plan(
+            trial, model_config, free, place.type, tokens=tokens, dtype=dtype, weights=weights
+        )  # fmt: skip
+
+    if config.fit:
+        config, notes = fit(config, plan_of)
+        for note in notes:
+            warn(note)
+        shrunk = {"slots": config.slots, "label_bits": config.label_bits, "budget": config.budget}
+        request = replace(request, settings={**request.settings, **shrunk})
+    plan = plan_of(config)
     require(plan)
     generate(request, ids, plan)
 
@@ -80,6 +95,9 @@ def generate(request: GenerateRequest, ids: Any, plan: Plan) -> None:
     console.print(f"loading {Path(source.name_or_path).name}", style="dim", highlight=False)
     model = load_model(source, request.settings)
     try:
+        if request.load_cache is not None:
+            console.print(f"loading cache {request.load_cache}", style="dim", highlight=False)
+            model.load_cache(request.load_cache, room_after(request, ids))
         with Working(console, f"prefill of {ids.shape[1]} tokens") as bar:
             streamer = PipeStreamer(model.tokenizer, bar.finish)
             model.generate(
@@ -87,14 +105,32 @@ def generate(request: GenerateRequest, ids: Any, plan: Plan) -> None:
                 max_new_tokens=request.max_new_tokens,
                 streamer=streamer,
                 on_prefill=bar.update,
+                resume=request.load_cache is not None,
                 **request.sampling,
             )
+        report_cache(request, model)
         result = figures(model.stats, plan)
     finally:
         model.close()
     if request.stats_file is not None:
         write_json(request.stats_file, result)
     print_stats(result, request.stats, console)
+
+
+def room_after(request: GenerateRequest, ids: Any) -> int:
+    """Tokens that the prompt [1, T] and its answer may add to the saved ones, at least the answer's."""
+    saved = Snapshot.open(request.load_cache).tokens if request.load_cache is not None else 0
+    return max(ids.shape[1] - saved, 0) + request.max_new_tokens
+
+
+def report_cache(request: GenerateRequest, model: OffloadedModel) -> None:
+    """Say what a loaded cache was good for and what was shrunk after loading; save the cache if asked to."""
+    if request.load_cache is not None and not model.stats["reused_tokens"]:
+        warn(f"the prompt does not begin as the cache in {request.load_cache} does; nothing of it was used")
+    for note in model.stats["fitted"]:
+        warn(note)
+    if request.save_cache is not None:
+        model.save_cache(request.save_cache)
 
 
 def load_model(source: ModelSource, settings: dict[str, Any]) -> OffloadedModel:

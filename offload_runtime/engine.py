@@ -1,6 +1,7 @@
 """OffloadedModel: a transformers causal LM that decodes with its KV cache in host memory."""
 
 import gc
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from .adapter import ModelAdapter
 from .calibration import Calibration
 from .config import RuntimeConfig, make_config
 from .errors import RunError, UserError
+from .fitting import plan_session, require_weights
 from .generation import TokenLoop
+from .model_check import load_config
 from .session import Session
 from .snapshot import Snapshot, save
 from .stats import collect, memory
@@ -68,6 +71,7 @@ class OffloadedModel:
         check_calibration(calibration, self.config, model)
         self.calibration = calibration
         self.stats: dict[str, Any] = {}
+        self.fitted: list[str] = []  # what fit=True shrank for the caches in use
         self._session: Session | None = None
 
     @classmethod
@@ -85,13 +89,17 @@ class OffloadedModel:
         """Load a model by directory or hub name. `settings` are the fields of RuntimeConfig.
 
         device: "auto" takes CUDA if there is any. dtype: default the checkpoint's
-        own on CUDA and float32 on CPU. Raises UserError or RunError in one line.
+        own on CUDA and float32 on CPU. Raises UserError or RunError in one line, before
+        loading when the weights cannot fit; the caches are planned when generate knows
+        the prompt, and refused before they are allocated (or shrunk, with fit=True).
         """
         config = make_config(settings)
         place = choose_device(device)
         if dtype is None:
             dtype = "auto" if place.type == "cuda" else torch.float32
         source = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+        if not trust_remote_code:  # the sizes of remote code's models are known only by running it
+            require_weights(load_config(str(name_or_path), revision, token), config, place, dtype)
         model: Any = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **source)
         model.to(place)
         file = Path(name_or_path) / CALIBRATION_FILE
@@ -164,14 +172,17 @@ class OffloadedModel:
             last = None  # free the old caches before the new ones take their place
             gc.collect()
         session = self._new_session(batch, capacity)
-        if last is not None:
+        if last is not None and last.layout.label_bits == session.layout.label_bits:
             session.adopt(last)
         self._session = session
         return session
 
     def _new_session(self, batch: int, capacity: int) -> Session:
+        config, self.fitted = plan_session(self.config, self.adapter, batch, capacity)
+        for note in self.fitted:
+            warnings.warn(note, stacklevel=2)
         try:
-            return Session(self.adapter, self.config, self.calibration, batch, capacity)
+            return Session(self.adapter, config, self.calibration, batch, capacity)
         except torch.cuda.OutOfMemoryError as error:
             raise RunError(
                 f"the GPU has no room for the caches of {batch} x {capacity} tokens; "
@@ -187,12 +198,20 @@ class OffloadedModel:
         return {
             **loop.times,
             "batch": shape[0],
+            "placement": session.config.placement,
+            "fitted": self.fitted,
             "prompt_tokens": loop.prompt_tokens,
             "new_tokens": loop.new_tokens,
             "cached_tokens": cached,
             "reused_tokens": session.kept_tokens,
             **collect(session.caches, prefetcher.predicted_layers, prefetcher.attend_predicted),
-            **memory(session.layout, weight_bytes, loop.prefill_peak_bytes, loop.decode_peak_bytes),
+            **memory(
+                session.layout,
+                session.config.placement == "gpu",
+                weight_bytes,
+                loop.prefill_peak_bytes,
+                loop.decode_peak_bytes,
+            ),
         }
 
     def save_cache(self, directory: str | Path) -> None:

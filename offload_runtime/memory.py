@@ -22,7 +22,9 @@ def measure(device: str = "auto") -> FreeMemory:
         return FreeMemory(host_free_bytes())
     index = torch.device(device).index if device != "auto" else None
     free, _ = torch.cuda.mem_get_info(index)
-    return FreeMemory(host_free_bytes(), free)
+    # PyTorch's allocator keeps freed blocks for itself; they are free for us.
+    cached = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
+    return FreeMemory(host_free_bytes(), free + cached)
 
 
 def host_free_bytes(root: Path = Path("/")) -> int:

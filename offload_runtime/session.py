@@ -17,7 +17,10 @@ from .prefill import PrefillRun, Progress
 
 
 class Session:
-    """Caches for `batch` sequences of up to `capacity` tokens each; reusable after clear()."""
+    """Caches for `batch` sequences of up to `capacity` tokens each; reusable after clear().
+
+    Rows are kept on the host unless config.placement is "gpu"; "auto" is for the plan to decide.
+    """
 
     def __init__(
         self,
@@ -57,7 +60,8 @@ class Session:
         device = self.adapter.device
         if window:
             return WindowCache(self.layout, self.state, window, device)
-        return LayerCache(self.layout, self.state, device, self.config.new_rows, self.allocator)
+        rows_place = device if self.config.placement == "gpu" else None
+        return LayerCache(self.layout, self.state, device, self.config.new_rows, self.allocator, rows_place)
 
     def set_maps(self) -> None:
         """Give every offloaded layer its label maps from the calibration, if there is one."""

@@ -122,7 +122,9 @@ class Snapshot:
         if checksum != header_checksum(header):
             raise damaged(folder, f"{HEADER} was changed")
         if (header["format"], header["version"]) != (FORMAT, VERSION):
-            raise UserError(f"the cache in {folder} has a format that this version cannot read; save it again")
+            raise UserError(
+                f"the cache in {folder} has a format that this version cannot read; save it again"
+            )
         for name, record in header["files"].items():
             file = folder / name
             if not file.is_file():
@@ -147,16 +149,19 @@ class Snapshot:
     def check(self, adapter: ModelAdapter, config: RuntimeConfig, calibration: Calibration | None) -> None:
         """UserError when it is another model's or made with labels of another kind."""
         self.check_config(adapter.model.config)
-        ours = layout_facts(make_layout(adapter, config, calibration, self.header["layout"]["batch"], 1))
-        theirs = self.header["layout"]
-        wrong = [name for name in ours if ours[name] != theirs[name]]
-        if wrong:
-            shown = ", ".join(f"{name} {theirs[name]} there, {ours[name]} here" for name in wrong)
-            raise self.foreign(f"other settings ({shown})")
+        self.check_layout(make_layout(adapter, config, calibration, self.header["layout"]["batch"], 1))
         if self.header["weights"] != weights_fingerprint(adapter.model):
             raise self.foreign("other weights of the same shape")
         if self.tokens >= config.ctx:
             raise UserError(f"the cache in {self.directory} has {self.tokens} tokens and ctx is {config.ctx}")
+
+    def check_layout(self, layout: KVLayout) -> None:
+        """UserError when its bytes would read otherwise in caches of this layout."""
+        ours, theirs = layout_facts(layout), self.header["layout"]
+        wrong = [name for name in ours if ours[name] != theirs[name]]
+        if wrong:
+            shown = ", ".join(f"{name} {theirs[name]} there, {ours[name]} here" for name in wrong)
+            raise self.foreign(f"other settings ({shown})")
 
     def capacity(self, adapter: ModelAdapter, config: RuntimeConfig, new_tokens: int) -> int:
         """Tokens to make room for: the new ones as well, if the same layers slide then."""
@@ -169,6 +174,7 @@ class Snapshot:
     def fill(self, session: Session) -> None:
         """Read everything into a new session's caches, layers in parallel; UserError when damaged."""
         lengths, files = self.header["lengths"], self.header["files"]
+        self.check_layout(session.layout)  # fit=True may have chosen other label bits
         fixed_maps = session.calibration is not None
         if fixed_maps and maps_fingerprint(session) != self.header["label_maps"]:
             raise self.foreign("another calibration")
@@ -206,7 +212,7 @@ def layer_file(index: int) -> str:
 
 
 def pieces(cache: LayerCache | WindowCache, lengths: Sequence[int]) -> Iterator[torch.Tensor]:
-    """One layer's tensors in file order, contiguous, views of the cache: sequences, heads, then label maps."""
+    """One layer's tensors in file order, contiguous views: sequences, heads, then label maps."""
     for sequence, length in enumerate(lengths):
         for head in range(cache.layout.kv_heads):
             if isinstance(cache, WindowCache):

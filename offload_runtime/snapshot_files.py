@@ -25,7 +25,7 @@ class DamagedFile(Exception):
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as bytes."""
-    return memoryview(tensor.detach().flatten().view(torch.uint8).numpy())
+    return memoryview(tensor.detach().flatten().view(torch.uint8).numpy().data)
 
 
 def blocks(view: memoryview) -> Iterator[memoryview]:
