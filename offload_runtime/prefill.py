@@ -49,8 +49,10 @@ class PrefillRun:
         self.chunk_tokens = chunk_tokens or default
         self.on_progress, self.done = on_progress, 0
         layout = caches[0].layout
-        staging = (layout.kv_heads, total, layout.row_elements)
-        self.rows = torch.zeros(staging, dtype=layout.dtype, device=device)  # one layer's rows
+        # One layer's rows [Hkv, total, row]. A head lies `capacity` rows from the next whatever the prompt's
+        # length, so that cuDNN's attention plans, which are made for strides, serve the next prompt too.
+        staging = (layout.kv_heads, layout.capacity, layout.row_elements)
+        self.rows = torch.zeros(staging, dtype=layout.dtype, device=device)[:, :total]
         self.writer = RowWriter(device)
         self.position = kept  # of the next chunk, within the layer at work
 
