@@ -64,7 +64,7 @@ def prefill_attention(
     softcap: float = 0.0,
     sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """prefill_attention_reference on CPU; flash attention or cuDNN on CUDA where they have what the layer needs."""
+    """prefill_attention_reference, or flash attention or cuDNN on CUDA where they have what it takes."""
     plain = not window and not softcap and sink_logits is None
     if not (query.is_cuda and plain and query.dtype in (torch.bfloat16, torch.float16)):
         return prefill_attention_reference(query, rows, scale, window, softcap, sink_logits)

@@ -218,8 +218,11 @@ def test_fit_shrinks_in_order() -> None:
     few_slots = make_plan(replace(config, slots=1), LLAMA_8B, PLENTY, "cuda").needs.device
     low_bits = make_plan(replace(config, slots=1, label_bits=4), LLAMA_8B, PLENTY, "cuda").needs.device
     cases = [
-        (whole + 5 * GB, 0), (few_slots + 100 * slots, 1), (low_bits + slots, 2), (low_bits - 1000 * slots, 3),
-    ]  # fmt: skip
+        (whole + 5 * GB, 0),
+        (few_slots + 100 * slots, 1),
+        (low_bits + slots, 2),
+        (low_bits - 1000 * slots, 3),
+    ]
     for gpu_bytes, steps in cases:
         plan_of = plans_on(gpu_bytes)
         fitted, notes = fit(config, plan_of)

@@ -317,3 +317,45 @@ def test_the_header_says_what_is_there(tmp_path, model):
     assert header["files"]["layer-000.bin"]["bytes"] > 2 * LENGTH * row_bytes  # 2 KV heads
     assert header["lengths"] == [LENGTH]
     assert time.time() - (folder / "snapshot.json").stat().st_mtime < 600
+
+
+def run_cli(*arguments: str):
+    from typer.testing import CliRunner
+
+    from offload_runtime.cli import app
+
+    return CliRunner().invoke(app, ["generate", "--device", "cpu", *arguments])
+
+
+def test_command_line(tmp_path):
+    """Save with one prompt, ask with a longer one: the same text, and only the question is prefilled."""
+    text = "The pass key for silly-walrus is 48213. It was a dark night.\n\n"
+    asked, cache = text + "The pass key for silly-walrus is", str(tmp_path / "doc")
+    first = run_cli("--prompt", text, "--max-new-tokens", "1", "--budget", "1.0", "--save-cache", cache)
+    assert first.exit_code == 0, first.stderr
+    question = ("--prompt", asked, "--max-new-tokens", "6", "--budget", "1.0", "--stats", "json")
+    plain, loaded = run_cli(*question), run_cli(*question, "--load-cache", cache)
+    assert loaded.exit_code == 0, loaded.stderr
+    assert loaded.stdout == plain.stdout
+    assert "48213" in loaded.stdout
+    figures = json.loads(loaded.stderr.splitlines()[-1])
+    assert figures["reused_tokens"] == len(text.encode()) + 1  # bytes, and <bos>
+    other = run_cli("--prompt", "x", "--max-new-tokens", "1", "--load-cache", cache)
+    assert "warning" not in other.stderr  # <bos> is shared: the cache was of use, if little
+
+
+def test_command_line_refuses_before_loading(tmp_path, monkeypatch):
+    from offload_runtime import cli_generate
+
+    monkeypatch.setattr(cli_generate, "load_model", None)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("x")
+    for arguments, word in (
+        (("--load-cache", str(tmp_path / "absent")), "no saved cache"),
+        (("--save-cache", str(tmp_path / "full")), "other files"),
+        (("--placement", "moon"), "placement is 'moon'"),
+    ):
+        result = run_cli("--prompt", "a", *arguments)
+        assert result.exit_code == 2
+        assert word in result.stderr
+        assert len(result.stderr.splitlines()) == 1

@@ -1,5 +1,7 @@
 """Prefill attention in two merged parts: the mathematics on any device, cuDNN and flash on a GPU."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -34,7 +36,7 @@ def test_any_split_of_the_keys_merges_to_the_whole(cuts):
     keys, values = rows[None, :, :100, :16], rows[None, :, :100, 16:]
     whole, whole_lse = split.attend_reference(query, keys, values, SCALE, False)
     edges = [0, *cuts, 100]
-    spans = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    spans = [slice(a, b) for a, b in itertools.pairwise(edges)]
     parts = [
         split.attend_reference(query, keys[:, :, s], values[:, :, s], SCALE, False) for s in reversed(spans)
     ]
