@@ -95,9 +95,10 @@ def generate(request: GenerateRequest, ids: Any, plan: Plan) -> None:
     console.print(f"loading {Path(source.name_or_path).name}", style="dim", highlight=False)
     model = load_model(source, request.settings)
     try:
+        loaded = 0
         if request.load_cache is not None:
             console.print(f"loading cache {request.load_cache}", style="dim", highlight=False)
-            model.load_cache(request.load_cache, room_after(request, ids))
+            loaded = model.load_cache(request.load_cache, room_after(request, ids))
         with Working(console, f"prefill of {ids.shape[1]} tokens") as bar:
             streamer = PipeStreamer(model.tokenizer, bar.finish)
             model.generate(
@@ -108,7 +109,7 @@ def generate(request: GenerateRequest, ids: Any, plan: Plan) -> None:
                 resume=request.load_cache is not None,
                 **request.sampling,
             )
-        report_cache(request, model)
+        report_cache(request, model, loaded)
         result = figures(model.stats, plan)
     finally:
         model.close()
@@ -123,10 +124,13 @@ def room_after(request: GenerateRequest, ids: Any) -> int:
     return max(ids.shape[1] - saved, 0) + request.max_new_tokens
 
 
-def report_cache(request: GenerateRequest, model: OffloadedModel) -> None:
-    """Say what a loaded cache was good for and what was shrunk after loading; save the cache if asked to."""
-    if request.load_cache is not None and not model.stats["reused_tokens"]:
-        warn(f"the prompt does not begin as the cache in {request.load_cache} does; nothing of it was used")
+def report_cache(request: GenerateRequest, model: OffloadedModel, loaded: int) -> None:
+    """Warn of a cache that was of little use and of what was shrunk after loading; save the cache if asked to."""
+    reused = model.stats["reused_tokens"]
+    if 2 * reused < loaded:
+        warn(
+            f"only {reused} of the {loaded} tokens in {request.load_cache} begin this prompt; the rest is no use"
+        )
     for note in model.stats["fitted"]:
         warn(note)
     if request.save_cache is not None:

@@ -237,15 +237,15 @@ def prefill_bytes(
     """Peak beside the caches while one sequence of S tokens prefills.
 
     Hidden states [S, E], rotary tables 2 x [S, D] with their float32 origin, one
-    layer's rows [Hkv, S, row], and one chunk's activations: MLP gate, up and
-    product, q, k, v and output, the norm's float32 copy.
+    layer's rows [Hkv, capacity, row], and one chunk's activations: MLP gate, up and
+    product, q, k, v and the output in two parts, the norm's float32 copy.
     """
     item = shape.dtype.itemsize
     hidden = tokens * shape.hidden * item
     rotary = tokens * shape.head_dim * (2 * item + 3 * 4)
-    rows = layout.kv_heads * tokens * layout.row_bytes
+    rows = layout.kv_heads * layout.capacity * layout.row_bytes
     chunk = min(tokens, config.chunk_tokens or (GPU_CHUNK_TOKENS if on_gpu else CPU_CHUNK_TOKENS))
-    heads_wide = (2 * shape.query_heads + 2 * shape.kv_heads) * shape.head_dim
+    heads_wide = (3 * shape.query_heads + 2 * shape.kv_heads) * shape.head_dim
     activations = chunk * ((3 * shape.intermediate + heads_wide + 2 * shape.hidden) * item + 8 * shape.hidden)
     return hidden + rotary + rows + activations + (0 if on_gpu else CPU_LOGIT_BLOCK_BYTES)
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from offload_runtime import cli_generate
 from offload_runtime.cli import app
+from offload_runtime.config import RuntimeConfig
 from offload_runtime.memory import FreeMemory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +115,27 @@ def test_too_little_memory_is_refused_before_loading(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cli_generate.OffloadedModel, "from_pretrained", must_not_load)
     arguments = ("--prompt", "a", "--max-new-tokens", "100000", "--device", "cpu")
     refused(run("generate", *arguments), 1, "0.90 GB are free", "--ctx ")
+
+
+def test_fit_shrinks_before_loading(fake: "FakeModel", monkeypatch: pytest.MonkeyPatch) -> None:
+    embedded = ROOT / "offload_runtime" / "data" / "tiny-256k"
+    config = cli_generate.load_config(str(embedded))
+    tokens = len("<bos>abc") - 4 + 128  # <bos> is one token, the rest are bytes; 128 new ones
+    plan = cli_generate.make_plan(RuntimeConfig(), config, FreeMemory(10**12), "cpu", tokens=tokens)
+    monkeypatch.setattr(cli_generate, "measure", lambda _: FreeMemory(plan.host_bytes - 1))
+    refused(run("generate", "--prompt", "abc", "--device", "cpu"), 1, "of host memory")
+    settings: dict[str, Any] = {}
+
+    def load(*_: Any, **given: Any) -> FakeModel:
+        settings.update(given)
+        return fake
+
+    monkeypatch.setattr(cli_generate.OffloadedModel, "from_pretrained", load)
+    result = run("generate", "--prompt", "abc", "--device", "cpu", "--fit")
+    assert result.exit_code == 0, result.stderr
+    assert f"slots lowered from {plan.layout.slots} to {settings['slots']}" in result.stderr
+    assert settings["slots"] < plan.layout.slots
+    assert settings["label_bits"] == 4
 
 
 class FakeModel:

@@ -61,7 +61,7 @@ def test_auto_keeps_a_small_cache_on_the_gpu_and_resumes():
 
 
 def test_prefill_waits_for_its_own_layers_rows_only(monkeypatch, device):
-    """Every layer's allocation is held until the layer before it is prefilled: nobody may wait for it earlier."""
+    """Every layer's allocation is held until the layer before it is prefilled: nobody waits earlier."""
     layers, tokens = 3, 130
     model, ids = random_llama(layers=layers, device=device), random_ids(tokens, device=device)
     reached = [threading.Event() for _ in range(layers + 1)]

@@ -340,8 +340,9 @@ def test_command_line(tmp_path):
     assert "48213" in loaded.stdout
     figures = json.loads(loaded.stderr.splitlines()[-1])
     assert figures["reused_tokens"] == len(text.encode()) + 1  # bytes, and <bos>
+    assert "warning" not in loaded.stderr
     other = run_cli("--prompt", "x", "--max-new-tokens", "1", "--load-cache", cache)
-    assert "warning" not in other.stderr  # <bos> is shared: the cache was of use, if little
+    assert f"warning: only 1 of the {figures['reused_tokens']} tokens" in other.stderr
 
 
 def test_command_line_refuses_before_loading(tmp_path, monkeypatch):
