@@ -125,12 +125,10 @@ def room_after(request: GenerateRequest, ids: Any) -> int:
 
 
 def report_cache(request: GenerateRequest, model: OffloadedModel, loaded: int) -> None:
-    """Warn of a cache that was of little use and of what was shrunk after loading; save the cache if asked to."""
+    """Warn of a cache that was little use and of what was shrunk after loading; save the cache."""
     reused = model.stats["reused_tokens"]
     if 2 * reused < loaded:
-        warn(
-            f"only {reused} of the {loaded} tokens in {request.load_cache} begin this prompt; the rest is no use"
-        )
+        warn(f"only {reused} of the {loaded} tokens in {request.load_cache} begin this prompt")
     for note in model.stats["fitted"]:
         warn(note)
     if request.save_cache is not None:

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, MixtralConfig
 from offload_runtime.config import RuntimeConfig
 from offload_runtime.errors import RunError, UserError
 from offload_runtime.fitting import fit
-from offload_runtime.memory import FreeMemory, cgroup_limits, host_free_bytes
+from offload_runtime.memory import FreeMemory, cgroup_limits, host_free_bytes, measure
 from offload_runtime.model_check import check_config, check_label_channels, position_warning
 from offload_runtime.planner import Plan, largest, make_plan, require
 from offload_runtime.session import Session
@@ -289,3 +289,21 @@ def test_from_pretrained_refuses_before_it_loads(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(fitting, "measure", lambda _: FreeMemory(GB * 16))
     with pytest.raises(RunError, match=r"of host memory.*no context fits"):
         OffloadedModel.from_pretrained(tmp_path, device="cpu", ctx=1024)
+
+
+@pytest.mark.gpu
+def test_a_memory_limit_counts() -> None:
+    """PyTorch's own limit is what is free, and a session beyond it is refused in one line."""
+    whole = measure("cuda").gpu
+    assert whole is not None
+    limit = 1e9 / torch.cuda.get_device_properties(0).total_memory  # the caches below need 2 GB
+    runtime = offloaded(random_llama(device="cuda"), ctx=200_000, budget="1/1")
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(limit)
+    try:
+        assert (measure("cuda").gpu or 0) <= 1e9 < whole
+        with pytest.raises(RunError, match="of GPU memory") as refusal:
+            runtime.generate(random_ids(190_000, device="cuda"), max_new_tokens=1)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "\n" not in str(refusal.value)
