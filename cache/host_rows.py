@@ -1,4 +1,4 @@
-"""The full KV cache: every token's row of one layer, in host memory.
+"""The full KV cache: every token's row of one layer, in host memory or, where it fits, on the GPU.
 
 [B, Hkv, capacity, row]: one contiguous region a layer, head-major, because a
 random gather runs at the link's speed only while its rows lie within about a
@@ -14,12 +14,21 @@ from .pinned import pinned_empty
 
 
 class HostRows:
-    """One layer's rows. `rows` waits for the allocation, which may run in the background."""
+    """One layer's rows. `rows` waits for the allocation, which may run in the background.
 
-    def __init__(self, layout: KVLayout, pin: bool, allocator: ThreadPoolExecutor) -> None:
+    place: "cpu", or the GPU that the model is on; pin: page-lock what is on the CPU.
+    """
+
+    def __init__(
+        self, layout: KVLayout, place: torch.device, pin: bool, allocator: ThreadPoolExecutor
+    ) -> None:
         self.shape = (layout.batch, layout.kv_heads, layout.capacity, layout.row_elements)
         self.dtype = layout.dtype
-        self._pending: Future[torch.Tensor] = allocator.submit(self._allocate, pin)
+        self._pending: Future[torch.Tensor] = Future()
+        if place.type == "cpu":
+            self._pending = allocator.submit(self._allocate, pin)
+        else:
+            self._pending.set_result(torch.empty(self.shape, dtype=self.dtype, device=place))
 
     def _allocate(self, pin: bool) -> torch.Tensor:
         if pin:

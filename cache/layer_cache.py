@@ -49,9 +49,11 @@ class LayerCache:
         device: torch.device,
         new_rows: int | None,
         allocator: ThreadPoolExecutor,
+        rows_place: torch.device | None = None,
     ) -> None:
+        """rows_place: where the rows are kept, by default in (pinned) host memory."""
         self.layout, self.state, self.new_rows = layout, state, new_rows
-        self.host = HostRows(layout, device.type == "cuda", allocator)
+        self.host = HostRows(layout, rows_place or torch.device("cpu"), device.type == "cuda", allocator)
         self.labels = LabelCache(layout, device)
         self.resident = ResidentSet(layout, device)
         self.maps = LabelMaps(layout, device)

@@ -20,12 +20,16 @@ def gather_rows(
 ) -> None:
     """Fetch the missed rows; shapes as in gather_rows_reference."""
     arguments = (host_rows, miss_tokens, miss_slots, miss_counts, slots, first_slot)
-    if gather_bulk_available(slots.device, slots.shape[-1] * slots.element_size()):
-        gather_rows_bulk(*arguments)
-    elif slots.is_cuda:
-        gather_rows_triton(*arguments)
-    else:
+    if not slots.is_cuda:
         gather_rows_reference(*arguments)
+    elif host_rows.is_cuda:
+        # There is no link to fill: 128 programs x 8 KiB = 1 MiB in flight, near the 1.6 MB that
+        # 2.7 TB/s x 0.6 us of latency would need (arithmetic, not measured).
+        gather_rows_triton(*arguments, num_programs=128)
+    elif gather_bulk_available(slots.device, slots.shape[-1] * slots.element_size()):
+        gather_rows_bulk(*arguments)
+    else:
+        gather_rows_triton(*arguments)
 
 
 def gather_rows_reference(
@@ -38,7 +42,7 @@ def gather_rows_reference(
 ) -> None:
     """Copy host_rows[b, h, miss_tokens] to slots[b, h, first_slot + miss_slots].
 
-    host_rows [B, Hkv, N, 2 D], pinned on a CUDA machine; miss_tokens and
+    host_rows [B, Hkv, N, 2 D], pinned or in GPU memory on a CUDA machine; miss_tokens and
     miss_slots [B, Hkv, K] int32; miss_counts [B, Hkv] int32; slots
     [B, Hkv, first_slot + n_slots, 2 D].
     """

@@ -1,11 +1,12 @@
 """Exact causal attention of one chunk of queries over all keys before and in it.
 
 Nothing of size S x S: the reference walks the keys in blocks with a running
-softmax, the CUDA path is PyTorch's flash attention, whose causal mask is
-aligned to the last key.
+softmax, the CUDA path is flash attention or cuDNN (split_attention.py).
 """
 
 import torch
+
+from .split_attention import fastest_attention
 
 KEY_BLOCK = 2048  # keys a step of the reference: [Hq, T, block] logits stay small against the weights
 
@@ -63,13 +64,8 @@ def prefill_attention(
     softcap: float = 0.0,
     sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """prefill_attention_reference on CPU; flash attention on CUDA where it has what the layer needs."""
+    """prefill_attention_reference, or flash attention or cuDNN on CUDA where they have what it takes."""
     plain = not window and not softcap and sink_logits is None
     if not (query.is_cuda and plain and query.dtype in (torch.bfloat16, torch.float16)):
         return prefill_attention_reference(query, rows, scale, window, softcap, sink_logits)
-    dim = query.shape[-1]
-    keys, values = rows[None, :, :, :dim], rows[None, :, :, dim : 2 * dim]
-    out = torch.ops.aten._scaled_dot_product_flash_attention(
-        query, keys, values, 0.0, True, False, scale=scale
-    )[0]
-    return out.transpose(1, 2)
+    return fastest_attention(query, rows, scale).transpose(1, 2)

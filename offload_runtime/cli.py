@@ -72,6 +72,10 @@ def generate(
     chunk_tokens: opt.ChunkTokens = None,
     calibration: opt.CalibrationFile = None,
     seed: opt.Seed = None,
+    placement: opt.Placement = None,
+    fit: opt.Fit = False,
+    save_cache: opt.SaveCache = None,
+    load_cache: opt.LoadCache = None,
     no_cuda_graph: opt.NoCudaGraph = False,
     device: opt.Device = "auto",
     dtype: opt.Dtype = None,
@@ -98,6 +102,8 @@ def generate(
                 sampling=opt.sampling(given),
                 stats=stats,
                 stats_file=stats_file,
+                save_cache=save_cache,
+                load_cache=load_cache,
             )
         )
 
@@ -186,6 +192,7 @@ def plan(
     slots: opt.Slots = None,
     new_rows: opt.NewRows = None,
     chunk_tokens: opt.ChunkTokens = None,
+    placement: opt.Placement = None,
     gpu_gb: Annotated[float | None, typer.Option(help="Plan for this much free GPU memory.")] = None,
     host_gb: Annotated[float | None, typer.Option(help="Plan for this much free host memory.")] = None,
     miss_rate: Annotated[

@@ -3,7 +3,7 @@
 import codecs
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,19 @@ from rich.console import Console
 from transformers import TextStreamer
 
 from .calibration import Calibration
+from .cli_exits import warn
 from .cli_model import config_of, load, plan_of
 from .cli_options import ModelSource
 from .cli_progress import Working, quiet_unless_terminal
 from .cli_stats import check_stats_choice, figures, print_stats, write_json
 from .config import RuntimeConfig, make_config
-from .engine import choose_device
+from .engine import OffloadedModel, choose_device
 from .errors import UserError
+from .fitting import fit
 from .loading import load_tokenizer
 from .model_check import check_config, check_label_channels
 from .planner import Plan, require
+from .snapshot import Snapshot, check_target
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class GenerateRequest:
     sampling: dict[str, Any]
     stats: str
     stats_file: Path | None
+    save_cache: Path | None = None
+    load_cache: Path | None = None
 
 
 def run_generate(request: GenerateRequest) -> None:
@@ -45,16 +50,26 @@ def run_generate(request: GenerateRequest) -> None:
         raise UserError(f"--max-new-tokens is {request.max_new_tokens}; it must be at least 1")
     check_stats_choice(request.stats, request.stats_file)
     check_file(config.calibration, "--calibration")
+    if request.save_cache is not None:
+        check_target(request.save_cache)
     text = read_prompt(request.prompt, request.prompt_file)
     place = choose_device(request.source.device)
     model_config = config_of(request.source)
     check_label_channels(config.label_channels, check_config(model_config))
     if config.calibration is not None:
         Calibration.load(Path(config.calibration)).check(model_config)
+    if request.load_cache is not None:
+        Snapshot.open(request.load_cache).check_config(model_config)
     tokenizer = load_tokenizer(request.source.name_or_path, **request.source.hub())
     ids = tokenise(tokenizer, text, request.chat)
     tokens = ids.shape[1] + request.max_new_tokens
     check_length(ids.shape[1], request.max_new_tokens, config)
+    if config.fit:
+        config, notes = fit(config, lambda trial: plan_of(request.source, trial, model_config, place, tokens))
+        for note in notes:
+            warn(note)
+        shrunk = {"slots": config.slots, "label_bits": config.label_bits, "budget": config.budget}
+        request = replace(request, settings={**request.settings, **shrunk})
     plan = plan_of(request.source, config, model_config, place, tokens)
     require(plan)
     generate(request, ids, plan)
@@ -68,6 +83,10 @@ def generate(request: GenerateRequest, ids: Any, plan: Plan) -> None:
     quiet_unless_terminal()
     model = load(source, request.settings)
     try:
+        loaded = 0
+        if request.load_cache is not None:
+            console.print(f"loading cache {request.load_cache}", style="dim", highlight=False)
+            loaded = model.load_cache(request.load_cache, room_after(request, ids))
         with Working(console, f"prefill of {ids.shape[1]} tokens") as bar:
             streamer = PipeStreamer(model.tokenizer, bar.finish)
             model.generate(
@@ -75,14 +94,33 @@ def generate(request: GenerateRequest, ids: Any, plan: Plan) -> None:
                 max_new_tokens=request.max_new_tokens,
                 streamer=streamer,
                 on_prefill=bar.update,
+                resume=request.load_cache is not None,
                 **request.sampling,
             )
+        report_cache(request, model, loaded)
         result = figures(model.stats, plan)
     finally:
         model.close()
     if request.stats_file is not None:
         write_json(request.stats_file, result)
     print_stats(result, request.stats, console)
+
+
+def room_after(request: GenerateRequest, ids: Any) -> int:
+    """Tokens that the prompt [1, T] and its answer may add to the saved ones, at least the answer's."""
+    saved = Snapshot.open(request.load_cache).tokens if request.load_cache is not None else 0
+    return max(ids.shape[1] - saved, 0) + request.max_new_tokens
+
+
+def report_cache(request: GenerateRequest, model: OffloadedModel, loaded: int) -> None:
+    """Warn of a cache that was little use and of what was shrunk after loading; save the cache."""
+    reused = model.stats["reused_tokens"]
+    if 2 * reused < loaded:
+        warn(f"only {reused} of the {loaded} tokens in {request.load_cache} begin this prompt")
+    for note in model.stats["fitted"]:
+        warn(note)
+    if request.save_cache is not None:
+        model.save_cache(request.save_cache)
 
 
 class PipeStreamer(TextStreamer):

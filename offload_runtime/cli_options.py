@@ -31,6 +31,19 @@ ChunkTokens = Annotated[int | None, typer.Option(help="Tokens a prefill chunk. [
 CalibrationFile = Annotated[str | None, typer.Option("--calibration", help="A file from `calibrate`.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of sampling.")]
 NoCudaGraph = Annotated[bool, typer.Option("--no-cuda-graph", help="Run decode steps without a CUDA graph.")]
+Placement = Annotated[
+    str | None,
+    typer.Option(help="Where KV rows are kept: host, gpu, or auto (gpu if they fit). [default: host]"),
+]
+Fit = Annotated[
+    bool, typer.Option("--fit", help="Shrink slots, then label bits, then the budget until it fits.")
+]
+SaveCache = Annotated[
+    Path | None, typer.Option(help="Keep the prompt's cache in this directory, answer included.")
+]
+LoadCache = Annotated[
+    Path | None, typer.Option(help="Go on from a saved cache: only what the prompt adds is prefilled.")
+]
 Device = Annotated[str, typer.Option(help="auto, cuda or cpu.")]
 Dtype = Annotated[
     str | None, typer.Option(help="bfloat16, float16 or float32. [default: the model's; float32 on CPU]")
@@ -60,6 +73,7 @@ SETTINGS = (
     "chunk_tokens",
     "calibration",
     "seed",
+    "placement",
 )
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -114,6 +128,8 @@ def runtime_settings(given: dict[str, Any]) -> dict[str, Any]:
     settings = {name: given[name] for name in SETTINGS if given.get(name) is not None}
     if given.get("no_cuda_graph"):
         settings["cuda_graph"] = False
+    if given.get("fit"):
+        settings["fit"] = True
     return settings
 
 

@@ -93,6 +93,7 @@ def as_dict(plan: Plan, times: Times | None, rates: Rates) -> dict[str, Any]:
         "batch": plan.batch,
         "budget": plan.budget,
         "device": plan.device,
+        "placement": plan.placement,
         "needs_bytes": asdict(plan.needs),
         "gpu_bytes": plan.gpu_bytes,
         "host_bytes": plan.host_bytes,

@@ -68,7 +68,7 @@ def summary(result: dict[str, Any]) -> list[str]:
     )
     rows = (
         f"hit rate {percent(result['hit_rate'])}, prefetch recall {percent(result['prefetch_recall'])}, "
-        f"{result['gather_gb']:.3f} GB of rows gathered from host memory"
+        f"{result['gather_gb']:.3f} GB of rows gathered from {result['placement']} memory"
     )
     prefill, decode = result["gpu_prefill_peak_gb"], result["gpu_decode_peak_gb"]
     gpu = "no GPU"

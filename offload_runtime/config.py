@@ -7,6 +7,7 @@ from typing import Any
 from .errors import UserError
 
 PREFETCH_MODES = ("correct", "predict", "off")
+PLACEMENTS = ("host", "gpu", "auto")
 LABEL_BITS = (16, 8, 4)
 LABEL_WIDTHS = (16, 32, 64, 128)  # label channels the kernels are built for; R is padded to one of them
 DEFAULT_LABEL_CHANNELS = 32  # projected to 32 at 4 bits: the best found at 20 bytes a key (NOTES.md, labels)
@@ -30,6 +31,9 @@ class RuntimeConfig:
     chunk_tokens: tokens a prefill chunk; default by device.
     calibration: path of a calibration file; default the model's own, else self-calibration.
     cuda_graph: replay decode steps as one CUDA graph.
+    placement: where the rows are: "host" (pinned memory), "gpu", or "auto", which keeps
+        them on the GPU when the plan fits there. On a CPU it means nothing.
+    fit: when the plan does not fit, shrink slots, then label bits, then the budget.
     """
 
     ctx: int = 262144
@@ -45,10 +49,14 @@ class RuntimeConfig:
     calibration: str | None = None
     seed: int | None = None
     cuda_graph: bool = True
+    placement: str = "host"
+    fit: bool = False
 
     def __post_init__(self) -> None:
         if self.prefetch not in PREFETCH_MODES:
             raise UserError(f"prefetch is {self.prefetch!r}; choose one of {', '.join(PREFETCH_MODES)}")
+        if self.placement not in PLACEMENTS:
+            raise UserError(f"placement is {self.placement!r}; choose one of {', '.join(PLACEMENTS)}")
         if self.label_bits not in LABEL_BITS:
             raise UserError(f"label_bits is {self.label_bits}; choose 16, 8 or 4")
         if self.recent < 1 or self.sinks < 0:

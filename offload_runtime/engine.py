@@ -1,6 +1,7 @@
 """OffloadedModel: a transformers causal LM that decodes with its KV cache in host memory."""
 
 import gc
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ from .adapter import ModelAdapter
 from .calibration import Calibration
 from .config import RuntimeConfig, make_config
 from .errors import RunError, UserError
+from .fitting import plan_session, require_weights
 from .generation import TokenLoop
 from .loading import load_model, load_tokenizer
+from .model_check import load_config
 from .session import Session, calibration_from_prompt
+from .snapshot import Snapshot, save
 from .stats import collect, memory
 
 CALIBRATION_FILE = "calibration.safetensors"  # looked for in the model's directory
+LOAD_ROOM_TOKENS = 1024  # a question and its answer after a loaded document
 
 # Arguments of transformers' generate that change the loop itself, and what to say of them.
 UNSUPPORTED = {
@@ -67,6 +72,7 @@ class OffloadedModel:
         check_calibration(calibration, self.config, model)
         self.calibration = calibration
         self.stats: dict[str, Any] = {}
+        self.fitted: list[str] = []  # what fit=True shrank for the caches in use
         self._session: Session | None = None
 
     @classmethod
@@ -89,11 +95,17 @@ class OffloadedModel:
         device: "auto" takes CUDA if there is any. dtype: default the checkpoint's
         own on CUDA and float32 on CPU. rope_scaling: "yarn:4" for contexts past the
         trained length. quantize: "bnb-4bit" or "torchao-int8". gguf_file: a GGUF file
-        in the directory or repository. Raises UserError or RunError in one line.
+        in the directory or repository. Raises UserError or RunError in one line, before
+        loading when the weights cannot fit; the caches are planned when generate knows
+        the prompt, and refused before they are allocated (or shrunk, with fit=True).
         """
         config = make_config(settings)
         place = choose_device(device)
         source = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+        # Remote code's sizes are known only by running it, a GGUF file's and quantised ones by loading.
+        gguf = gguf_file or str(name_or_path).endswith(".gguf")
+        if not (trust_remote_code or quantize or gguf):
+            require_weights(load_config(str(name_or_path), revision, token), config, place, dtype)
         model = load_model(
             name_or_path, place, dtype=dtype, rope_scaling=rope_scaling, quantize=quantize,
             gguf_file=gguf_file, **source,
@@ -172,9 +184,9 @@ class OffloadedModel:
             last.calibrate(calibration)
             return last
         self._session = last = None  # free the old caches before the new ones take their place
-        gc.collect()
+        free_unused(self.model.device)
         session = self._new_session(calibration, batch, capacity)
-        if kept is not None:
+        if kept is not None and kept.layout.label_bits == session.layout.label_bits:
             session.adopt(kept)
         self._session = session
         return session
@@ -186,8 +198,11 @@ class OffloadedModel:
         return calibration_from_prompt(self.adapter, self.config, prompt, capacity)
 
     def _new_session(self, calibration: Calibration, batch: int, capacity: int) -> Session:
+        config, self.fitted = plan_session(self.config, self.adapter, batch, capacity)
+        for note in self.fitted:
+            warnings.warn(note, stacklevel=2)
         try:
-            return Session(self.adapter, self.config, calibration, batch, capacity)
+            return Session(self.adapter, config, calibration, batch, capacity)
         except torch.cuda.OutOfMemoryError as error:
             raise RunError(
                 f"the GPU has no room for the caches of {batch} x {capacity} tokens; "
@@ -203,26 +218,70 @@ class OffloadedModel:
         return {
             **loop.times,
             "batch": shape[0],
+            "placement": session.config.placement,
+            "fitted": self.fitted,
             "prompt_tokens": loop.prompt_tokens,
             "new_tokens": loop.new_tokens,
             "cached_tokens": cached,
+            "reused_tokens": session.kept_tokens,
             **collect(session.caches, prefetcher.predicted_layers, prefetcher.attend_predicted),
-            **memory(session.layout, weight_bytes, loop.prefill_peak_bytes, loop.decode_peak_bytes),
+            **memory(
+                session.layout,
+                session.config.placement == "gpu",
+                weight_bytes,
+                loop.prefill_peak_bytes,
+                loop.decode_peak_bytes,
+            ),
         }
+
+    def save_cache(self, directory: str | Path) -> None:
+        """Keep the cached tokens' rows and labels on disk, so that load_cache can go on from them.
+
+        Written whole or not at all; a snapshot already in `directory` is replaced.
+        For a document to ask many questions of, generate one token first. A layer
+        with a sliding window holds its last tokens only, so such a model goes on
+        from exactly the tokens saved.
+        """
+        if self._session is None:
+            raise UserError("there is nothing to save yet: generate first, then save the cache")
+        save(self._session, directory)
+
+    def load_cache(self, directory: str | Path, new_tokens: int = LOAD_ROOM_TOKENS) -> int:
+        """Take over what save_cache wrote; generate(ids, resume=True) then prefills only what is new.
+
+        new_tokens: room to make beyond the saved tokens. Returns the tokens loaded.
+        UserError when the snapshot is damaged or another model's.
+        """
+        snapshot = Snapshot.open(directory)
+        calibration = self.calibration or snapshot.unread_calibration(self.adapter)
+        snapshot.check(self.adapter, self.config, calibration)
+        capacity = snapshot.capacity(self.adapter, self.config, new_tokens)
+        self._session = None
+        free_unused(self.model.device)
+        session = self._new_session(calibration, snapshot.header["layout"]["batch"], capacity)
+        snapshot.fill(session, fixed_maps=self.calibration is not None)
+        self._session = session
+        return sum(snapshot.header["lengths"])
 
     def close(self) -> None:
         """Free the caches, their pinned memory and the matrix library's workspaces."""
         self._session = None
-        gc.collect()
         if self.model.device.type == "cuda":
             torch._C._cuda_clearCublasWorkspaces()
-            torch.cuda.empty_cache()
+        free_unused(self.model.device)
 
     def __enter__(self) -> "OffloadedModel":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def free_unused(device: torch.device) -> None:
+    """Give memory that nothing refers to back to the system, where the plan can count it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def choose_device(device: str) -> torch.device:

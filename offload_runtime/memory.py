@@ -21,8 +21,11 @@ def measure(device: str = "auto") -> FreeMemory:
     if device == "cpu" or not torch.cuda.is_available():
         return FreeMemory(host_free_bytes())
     index = torch.device(device).index if device != "auto" else None
-    free, _ = torch.cuda.mem_get_info(index)
-    return FreeMemory(host_free_bytes(), free)
+    free, total = torch.cuda.mem_get_info(index)
+    # PyTorch's allocator keeps freed blocks for itself; they are free for us. It may have a limit of its own.
+    reserved, allocated = torch.cuda.memory_reserved(index), torch.cuda.memory_allocated(index)
+    limit = int(total * torch.cuda.get_per_process_memory_fraction(index))
+    return FreeMemory(host_free_bytes(), max(min(free + reserved, limit) - allocated, 0))
 
 
 def host_free_bytes(root: Path = Path("/")) -> int:

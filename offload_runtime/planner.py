@@ -29,7 +29,10 @@ SMALLEST_CTX, LARGEST_CTX = 64, 1 << 24  # where the search for the largest cont
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes a run allocates. Everything but pinned rows is device memory."""
+    """Bytes a run allocates. Everything but pinned rows is device memory.
+
+    rows: KV rows that stay on the device (placement "gpu"); pinned: those in host memory.
+    """
 
     weights: int
     labels: int
@@ -39,11 +42,12 @@ class Needs:
     prefill: int
     reserve: int
     pinned: int
+    rows: int = 0
 
     @property
     def device(self) -> int:
         """Peak of device memory: decode scratch stays allocated while prefill runs."""
-        caches = self.labels + self.slots + self.maps
+        caches = self.labels + self.slots + self.maps + self.rows
         return self.weights + caches + self.workspace + self.prefill + self.reserve
 
 
@@ -62,6 +66,11 @@ class Plan:
     largest_budget: int
 
     @property
+    def placement(self) -> str:
+        """Where the KV rows go: "host" or "gpu"."""
+        return "gpu" if self.needs.rows else "host"
+
+    @property
     def gpu_bytes(self) -> int:
         return self.needs.device if self.device == "cuda" else 0
 
@@ -78,6 +87,7 @@ class Plan:
         n = self.needs
         parts = [
             ("weights", n.weights),
+            ("KV rows", n.rows),
             (f"labels, {self.layout.label_channels} x {self.layout.label_bits} bit", n.labels),
             (f"slots, {self.layout.slots} rows a KV head", n.slots),
             ("slot maps", n.maps),
@@ -138,7 +148,13 @@ def make_plan(
 
     def needs_of(trial: RuntimeConfig, count: int) -> Needs:
         layout = layout_of(shape, trial, count, batch)
-        return needs_for(shape, layout, trial, count, weight_bytes, device)
+        on_host = needs_for(shape, layout, trial, count, weight_bytes, device)
+        on_gpu = replace(on_host, rows=on_host.pinned, pinned=0)
+        if device == "cpu" or trial.placement == "host":
+            return on_host
+        if trial.placement == "gpu" or (free.gpu is not None and within(on_gpu, device, free)):
+            return on_gpu
+        return on_host
 
     def fits(trial: RuntimeConfig, count: int) -> bool:
         return within(needs_of(trial, count), device, free)
@@ -221,15 +237,15 @@ def prefill_bytes(
     """Peak beside the caches while one sequence of S tokens prefills.
 
     Hidden states [S, E], rotary tables 2 x [S, D] with their float32 origin, one
-    layer's rows [Hkv, S, row], and one chunk's activations: MLP gate, up and
-    product, q, k, v and output, the norm's float32 copy.
+    layer's rows [Hkv, capacity, row], and one chunk's activations: MLP gate, up and
+    product, q, k, v and the output in two parts, the norm's float32 copy.
     """
     item = shape.dtype.itemsize
     hidden = tokens * shape.hidden * item
     rotary = tokens * shape.head_dim * (2 * item + 3 * 4)
-    rows = layout.kv_heads * tokens * layout.row_bytes
+    rows = layout.kv_heads * layout.capacity * layout.row_bytes
     chunk = min(tokens, config.chunk_tokens or (GPU_CHUNK_TOKENS if on_gpu else CPU_CHUNK_TOKENS))
-    heads_wide = (2 * shape.query_heads + 2 * shape.kv_heads) * shape.head_dim
+    heads_wide = (3 * shape.query_heads + 2 * shape.kv_heads) * shape.head_dim
     activations = chunk * ((3 * shape.intermediate + heads_wide + 2 * shape.hidden) * item + 8 * shape.hidden)
     return hidden + rotary + rows + activations + (0 if on_gpu else CPU_LOGIT_BLOCK_BYTES)
 
@@ -241,7 +257,7 @@ def require(plan: Plan) -> None:
     n, free = plan.needs, plan.free
     gpu_short = plan.device == "cuda" and free.gpu is not None and n.device > free.gpu
     if gpu_short:
-        caches = n.labels + n.slots + n.maps
+        caches = n.labels + n.slots + n.maps + n.rows
         parts = f"weights {gb(n.weights)}, caches {gb(caches)}, prefill {gb(n.prefill)}"
         short = f"{gb(n.device)} of GPU memory ({parts}) and {gb(free.gpu or 0)} are free"
     else:

@@ -46,8 +46,10 @@ class PrefillRun:
         self.chunk_tokens = chunk_tokens or default
         self.on_progress, self.done = on_progress, 0
         layout = caches[0].layout
-        staging = (layout.kv_heads, total, layout.row_elements)
-        self.rows = torch.zeros(staging, dtype=layout.dtype, device=device)  # one layer's rows
+        # One layer's rows [Hkv, total, row]. A head lies `capacity` rows from the next whatever the prompt's
+        # length, so that cuDNN's attention plans, which are made for strides, serve the next prompt too.
+        staging = (layout.kv_heads, layout.capacity, layout.row_elements)
+        self.rows = torch.zeros(staging, dtype=layout.dtype, device=device)[:, :total]
         self.writer = RowWriter(device)
         self.position = kept  # of the next chunk, within the layer at work
 
@@ -109,7 +111,11 @@ class PrefillRun:
         if isinstance(cache, WindowCache):
             cache.restore(self.sequence, self.rows[:, : self.kept])
             return
-        self.rows[:, : self.kept].copy_(cache.host.rows[self.sequence, :, : self.kept], non_blocking=True)
+        kept = cache.host.rows[self.sequence, :, : self.kept]
+        # Head by head: each [kept, row] is contiguous, so pinned rows go straight to the copy engine. As
+        # one strided copy PyTorch would first gather them in pageable memory.
+        for source, target in zip(kept, self.rows[:, : self.kept], strict=True):
+            target.copy_(source, non_blocking=True)
 
     def _advance(self, cache: LayerCache | WindowCache, count: int) -> None:
         self.position += count

@@ -21,7 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class Session:
-    """Caches for `batch` sequences of up to `capacity` tokens each; reusable after clear()."""
+    """Caches for `batch` sequences of up to `capacity` tokens each; reusable after clear().
+
+    Rows are kept on the host unless config.placement is "gpu"; "auto" is for the plan to decide.
+    """
 
     def __init__(
         self,
@@ -54,6 +57,7 @@ class Session:
         )
         self.decoder = DecodeLoop(adapter, self.caches, self.state, self.prefetcher, config.cuda_graph)
         self.cached_ids: list[torch.Tensor] = [torch.empty(0, dtype=torch.long)] * batch
+        self.kept_tokens = 0  # of the last prefill: tokens that were cached already
         self.long_rotary = False  # which frequencies the cached keys were turned by, where there are two
         self.calibrate(calibration)
 
@@ -61,7 +65,8 @@ class Session:
         device = self.adapter.device
         if window:
             return WindowCache(self.layout, self.state, window, device)
-        return LayerCache(self.layout, self.state, device, self.config.new_rows, self.allocator)
+        rows_place = device if self.config.placement == "gpu" else None
+        return LayerCache(self.layout, self.state, device, self.config.new_rows, self.allocator, rows_place)
 
     def calibrate(self, calibration: Calibration) -> None:
         """Give every offloaded layer its label maps; labels made before are of no use afterwards."""
@@ -94,6 +99,7 @@ class Session:
         Returns the logits [B, V] after each prompt's last token.
         """
         kept = self._keep(prompts, new_tokens)
+        self.kept_tokens = sum(kept)
         for cache in self.offloaded.values():
             cache.clear()  # resident rows only; host rows and labels of the kept tokens stay
         self.state.step.zero_()

@@ -59,7 +59,11 @@ def collect(
 
 
 def memory(
-    layout: KVLayout, weight_bytes: int, prefill_peak: int | None, decode_peak: int | None
+    layout: KVLayout,
+    rows_on_gpu: bool,
+    weight_bytes: int,
+    prefill_peak: int | None,
+    decode_peak: int | None,
 ) -> dict[str, float | None]:
     """Planned and measured memory in GB; the measured peaks are None on CPU.
 
@@ -70,11 +74,13 @@ def memory(
     def in_gb(count: int | None) -> float | None:
         return None if count is None else count / GB
 
+    rows = layout.layers * layout.host_bytes
+    caches = layout.gpu_bytes + (rows if rows_on_gpu else 0)
     return {
-        "pinned_gb": layout.layers * layout.host_bytes / GB,
+        "pinned_gb": 0.0 if rows_on_gpu else rows / GB,
         "weights_gb": weight_bytes / GB,
-        "gpu_cache_gb": layout.gpu_bytes / GB,
-        "gpu_plan_gb": (weight_bytes + layout.gpu_bytes + CUBLAS_BYTES) / GB,
+        "gpu_cache_gb": caches / GB,
+        "gpu_plan_gb": (weight_bytes + caches + CUBLAS_BYTES) / GB,
         "gpu_prefill_peak_gb": in_gb(prefill_peak),
         "gpu_decode_peak_gb": in_gb(decode_peak),
     }

@@ -96,7 +96,14 @@ def combine(dtype: str, dim: int, has_sink: bool) -> Case:
     return Case("sparse_decode", "_combine_kernel", pointers, sizes)
 
 
+def merge(dtype: str, dim: int, dim_pad: int) -> Case:
+    pointers = {"out": f"*{dtype}", "other": f"*{dtype}", "lse": "*fp32", "other_lse": "*fp32"}
+    return Case("merge_attention", "_merge_kernel", pointers, {"DIM": dim, "DIM_PAD": dim_pad, "BLOCK": 32})
+
+
 CASES = [
+    merge("bf16", 128, 128),
+    merge("fp16", 80, 128),
     append("bf16", 128, 128),
     append("fp32", 80, 128),
     gather("bf16", 256, 256, 16),

@@ -13,7 +13,10 @@ from typer.testing import CliRunner, Result
 
 from offload_runtime import cli_model
 from offload_runtime.cli import app
+from offload_runtime.config import RuntimeConfig
 from offload_runtime.memory import FreeMemory
+from offload_runtime.model_check import load_config
+from offload_runtime.planner import make_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNER = CliRunner()
@@ -116,6 +119,27 @@ def test_too_little_memory_is_refused_before_loading(monkeypatch: pytest.MonkeyP
     refused(run("generate", *arguments), 1, "0.90 GB are free", "--ctx ")
 
 
+def test_fit_shrinks_before_loading(fake: "FakeModel", monkeypatch: pytest.MonkeyPatch) -> None:
+    embedded = ROOT / "offload_runtime" / "data" / "tiny-256k"
+    config = load_config(str(embedded))
+    tokens = len("<bos>abc") - 4 + 128  # <bos> is one token, the rest are bytes; 128 new ones
+    plan = make_plan(RuntimeConfig(), config, FreeMemory(10**12), "cpu", tokens=tokens)
+    monkeypatch.setattr(cli_model, "measure", lambda _: FreeMemory(plan.host_bytes - 1))
+    refused(run("generate", "--prompt", "abc", "--device", "cpu"), 1, "of host memory")
+    settings: dict[str, Any] = {}
+
+    def load(*_: Any, **given: Any) -> FakeModel:
+        settings.update(given)
+        return fake
+
+    monkeypatch.setattr(cli_model.OffloadedModel, "from_pretrained", load)
+    result = run("generate", "--prompt", "abc", "--device", "cpu", "--fit")
+    assert result.exit_code == 0, result.stderr
+    assert f"slots lowered from {plan.layout.slots} to {settings['slots']}" in result.stderr
+    assert settings["slots"] < plan.layout.slots
+    assert settings["label_bits"] == 4
+
+
 class FakeModel:
     """Stands in for OffloadedModel: streams a few tokens, or raises."""
 
@@ -146,6 +170,9 @@ class FakeModel:
             "hit_rate": 0.75,
             "prefetch_recall": None,
             "gather_gb": 0.1,
+            "placement": "host",
+            "fitted": [],
+            "reused_tokens": 0,
             "pinned_gb": 0.2,
             "gpu_prefill_peak_gb": None,
             "gpu_decode_peak_gb": None,

@@ -22,6 +22,7 @@ TRANSFORMERS = {
     "cli_generate.py",  # tokenizer and streamer
     "cli_progress.py",  # its loading bar
     "engine.py",
+    "fitting.py",  # a config's type
     "generation.py",
     "model_check.py",
     "planner.py",  # a config's type

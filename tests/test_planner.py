@@ -1,5 +1,6 @@
 """The plan: byte counts against tensors that exist, and the searches for what fits."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,14 +10,15 @@ from transformers import LlamaConfig, MixtralConfig
 
 from offload_runtime.config import RuntimeConfig
 from offload_runtime.errors import RunError, UserError
-from offload_runtime.memory import FreeMemory, cgroup_limits, host_free_bytes
+from offload_runtime.fitting import fit
+from offload_runtime.memory import FreeMemory, cgroup_limits, host_free_bytes, measure
 from offload_runtime.model_check import check_config, check_label_channels, position_warning
-from offload_runtime.planner import largest, make_plan, require
+from offload_runtime.planner import Plan, largest, make_plan, require
 from offload_runtime.session import Session
 from offload_runtime.speed import Rates, predict
-from offload_runtime.weights import count_weights
+from offload_runtime.weights import Weights, count_weights
 
-from .models import identity_calibration, random_llama
+from .models import identity_calibration, offloaded, random_ids, random_llama
 
 GB = 10**9
 LLAMA_8B = LlamaConfig(
@@ -182,3 +184,126 @@ def test_position_warning_and_label_channels() -> None:
 def test_dtype_defaults_as_loading_does() -> None:
     assert make_plan(RuntimeConfig(), LLAMA_8B, PLENTY, "cuda").layout.dtype == torch.bfloat16
     assert make_plan(RuntimeConfig(), LLAMA_8B, PLENTY, "cpu").layout.dtype == torch.float32
+
+
+def test_rows_on_the_gpu_where_they_fit() -> None:
+    """33 GB of rows: an H100 that is empty holds them beside the weights, one of 40 GB does not."""
+    config = RuntimeConfig(placement="auto")
+    roomy = make_plan(config, LLAMA_8B, FreeMemory(GB * 400, GB * 79), "cuda")
+    assert (roomy.placement, roomy.needs.pinned) == ("gpu", 0)
+    assert roomy.needs.rows == 262144 * 131072
+    assert (
+        roomy.needs.device
+        == make_plan(RuntimeConfig(), LLAMA_8B, PLENTY, "cuda").needs.device + roomy.needs.rows
+    )
+    tight = make_plan(config, LLAMA_8B, FreeMemory(GB * 400, GB * 40), "cuda")
+    assert (tight.placement, tight.needs.rows, tight.fits) == ("host", 0, True)
+    assert make_plan(config, LLAMA_8B, FreeMemory(GB * 400, None), "cuda").placement == "host"
+    assert make_plan(config, LLAMA_8B, PLENTY, "cpu").placement == "host"
+    forced = make_plan(RuntimeConfig(placement="gpu"), LLAMA_8B, FreeMemory(GB * 400, GB * 40), "cuda")
+    with pytest.raises(RunError, match="of GPU memory"):
+        require(forced)
+
+
+def plans_on(gpu_bytes: int, device: str = "cuda") -> Callable[[RuntimeConfig], Plan]:
+    weights, free = count_weights(LLAMA_8B), FreeMemory(GB * 400, gpu_bytes)
+    return lambda config: make_plan(config, LLAMA_8B, free, device, weights=weights)
+
+
+def test_fit_shrinks_in_order() -> None:
+    """Each step is taken only when the one before it was not enough, and the result fits."""
+    whole = make_plan(RuntimeConfig(), LLAMA_8B, PLENTY, "cuda").needs.device
+    config = RuntimeConfig(label_bits=8)
+    slots = 32 * 8 * 512  # bytes of one slot in every layer and KV head
+    few_slots = make_plan(replace(config, slots=1), LLAMA_8B, PLENTY, "cuda").needs.device
+    low_bits = make_plan(replace(config, slots=1, label_bits=4), LLAMA_8B, PLENTY, "cuda").needs.device
+    cases = [
+        (whole + 5 * GB, 0),
+        (few_slots + 100 * slots, 1),
+        (low_bits + slots, 2),
+        (low_bits - 1000 * slots, 3),
+    ]
+    for gpu_bytes, steps in cases:
+        plan_of = plans_on(gpu_bytes)
+        fitted, notes = fit(config, plan_of)
+        assert plan_of(fitted).fits
+        assert [note.split()[0] for note in notes] == ["slots", "label", "budget"][:steps]
+        assert not any("\n" in note for note in notes)
+    assert fit(config, plans_on(few_slots + 100 * slots))[0].label_bits == 8
+    fitted, _ = fit(config, plans_on(low_bits - 1000 * slots))
+    assert 64 <= int(fitted.budget) < 16384
+    assert not plans_on(low_bits - 1000 * slots)(replace(fitted, budget=int(fitted.budget) + 1)).fits
+
+
+def test_fit_refuses_what_no_setting_helps() -> None:
+    with pytest.raises(RunError, match="no context fits"):
+        fit(RuntimeConfig(), plans_on(GB))
+    weights, short = count_weights(LLAMA_8B), FreeMemory(GB * 20, GB * 80)
+    with pytest.raises(RunError, match="of host memory"):
+        fit(RuntimeConfig(), lambda config: make_plan(config, LLAMA_8B, short, "cuda", weights=weights))
+
+
+def test_generate_refuses_before_it_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
+    from offload_runtime import fitting
+
+    monkeypatch.setattr(fitting, "measure", lambda _: FreeMemory(10**6))
+    runtime = offloaded(random_llama())
+    with pytest.raises(RunError, match="of host memory"):
+        runtime.generate(random_ids(300), max_new_tokens=2)
+    assert runtime._session is None
+
+
+def test_generate_fits_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from offload_runtime import fitting
+
+    runtime = offloaded(random_llama(), slots=900, budget=100, fit=True)
+    asked = RuntimeConfig(ctx=4096, sinks=4, recent=16, chunk_tokens=64, slots=900, budget=100)
+    adapter = runtime.adapter
+
+    def host_bytes(config: RuntimeConfig) -> int:
+        plan = make_plan(
+            config,
+            adapter.model.config,
+            PLENTY,
+            "cpu",
+            tokens=1024,
+            dtype=torch.float32,
+            weights=Weights(0, 0),
+        )
+        return plan.host_bytes
+
+    monkeypatch.setattr(fitting, "measure", lambda _: FreeMemory(host_bytes(replace(asked, slots=500))))
+    with pytest.warns(UserWarning, match="slots lowered from 900 to 500"):
+        runtime.generate(random_ids(300), max_new_tokens=2, do_sample=False)
+    assert runtime._session is not None
+    assert runtime._session.layout.slots == 500
+    assert runtime.stats["placement"] == "host"
+    assert len(runtime.stats["fitted"]) == 1
+
+
+def test_from_pretrained_refuses_before_it_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """There are no weights to load in this directory: the refusal comes first."""
+    from offload_runtime import OffloadedModel, fitting
+
+    LLAMA_8B.save_pretrained(tmp_path)
+    monkeypatch.setattr(fitting, "measure", lambda _: FreeMemory(GB * 16))
+    with pytest.raises(RunError, match=r"of host memory.*no context fits"):
+        OffloadedModel.from_pretrained(tmp_path, device="cpu", ctx=1024)
+
+
+@pytest.mark.gpu
+def test_a_memory_limit_counts() -> None:
+    """PyTorch's own limit is what is free, and a session beyond it is refused in one line."""
+    whole = measure("cuda").gpu
+    assert whole is not None
+    limit = 1e9 / torch.cuda.get_device_properties(0).total_memory  # the caches below need 2 GB
+    runtime = offloaded(random_llama(device="cuda"), ctx=200_000, budget="1/1")
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(limit)
+    try:
+        assert (measure("cuda").gpu or 0) <= 1e9 < whole
+        with pytest.raises(RunError, match="of GPU memory") as refusal:
+            runtime.generate(random_ids(190_000, device="cuda"), max_new_tokens=1)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "\n" not in str(refusal.value)

@@ -1,0 +1,82 @@
+"""Where rows are kept changes nothing but time; they are allocated while prefill runs."""
+
+import threading
+
+import pytest
+import torch
+
+from offload_runtime.cache.host_rows import HostRows
+from offload_runtime.config import RuntimeConfig
+from offload_runtime.errors import UserError
+
+from .models import logits_of, offloaded, random_ids, random_llama
+
+NEW_TOKENS = 5
+
+
+def test_unknown_placement_is_refused():
+    with pytest.raises(UserError, match="placement is 'disk'; choose one of host, gpu, auto"):
+        RuntimeConfig(placement="disk")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a CPU")
+@pytest.mark.parametrize("placement", ["gpu", "auto"])
+def test_means_nothing_on_a_cpu(placement):
+    model, ids = random_llama(layers=2), random_ids(90)
+    runtime = offloaded(model, budget=24, placement=placement)
+    expected = logits_of(offloaded(model, budget=24).generate, ids, NEW_TOKENS)
+    got = logits_of(runtime.generate, ids, NEW_TOKENS)
+    assert torch.equal(got[1], expected[1])
+    assert runtime.stats["placement"] == "host"
+    assert runtime.stats["pinned_gb"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prefetch", ["correct", "predict", "off"])
+@pytest.mark.parametrize("length", [21, 300])
+def test_rows_on_the_gpu_give_the_same_bits(prefetch, length):
+    model, ids = random_llama(device="cuda"), random_ids(length, device="cuda")
+    settings = {"budget": 24, "slots": 40, "prefetch": prefetch}
+    host, gpu = (offloaded(model, placement=place, **settings) for place in ("host", "gpu"))
+    ids_host, on_host = logits_of(host.generate, ids, 12)
+    ids_gpu, on_gpu = logits_of(gpu.generate, ids, 12)
+    assert torch.equal(ids_host, ids_gpu)
+    assert torch.equal(on_host, on_gpu)
+    assert gpu._session.caches[0].host.rows.is_cuda
+    assert (gpu.stats["placement"], gpu.stats["pinned_gb"]) == ("gpu", 0)
+    assert (host.stats["placement"], host.stats["gpu_cache_gb"] < gpu.stats["gpu_cache_gb"]) == ("host", True)
+
+
+@pytest.mark.gpu
+def test_auto_keeps_a_small_cache_on_the_gpu_and_resumes():
+    model, ids = random_llama(device="cuda"), random_ids(1000, device="cuda")
+    auto = offloaded(model, budget="1/1", placement="auto")
+    turn = auto.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert auto.stats["placement"] == "gpu"
+    longer = torch.cat([turn, random_ids(100, seed=3, device="cuda")], 1)  # needs larger caches
+    got = auto.generate(longer, max_new_tokens=NEW_TOKENS, do_sample=False, resume=True)
+    assert auto.stats["reused_tokens"] > 1000
+    expected = offloaded(model, budget="1/1").generate(longer, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert torch.equal(got, expected)
+
+
+def test_prefill_waits_for_its_own_layers_rows_only(monkeypatch, device):
+    """Every layer's allocation is held until the layer before it is prefilled: nobody waits earlier."""
+    layers, tokens = 3, 130
+    model, ids = random_llama(layers=layers, device=device), random_ids(tokens, device=device)
+    reached = [threading.Event() for _ in range(layers + 1)]
+    reached[0].set()
+    in_time: list[bool] = []
+    allocate = HostRows._allocate
+
+    def slow_allocate(self, pin):
+        in_time.append(reached[len(in_time)].wait(60))
+        return allocate(self, pin)
+
+    def on_prefill(done, total):
+        assert total == layers * tokens
+        reached[done // tokens].set()
+
+    monkeypatch.setattr(HostRows, "_allocate", slow_allocate)
+    offloaded(model, budget=24).generate(ids, max_new_tokens=2, do_sample=False, on_prefill=on_prefill)
+    assert in_time == [True] * layers
