@@ -1,0 +1,105 @@
+"""The suites by name: what each asks, how it judges, and how it reports."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ..cli_generate import check_file, read_text
+from ..errors import UserError
+from . import key_values, lines, metrics, passkey
+from .asking import make_measure
+from .cases import Groups
+from .grid import fractions, integers
+from .plots import depth_maps, score_bars
+from .records import Row
+from .runner import Report, Suite
+from .summary import summarise, table, with_averages
+
+NAMES = ("passkey", "lines", "kv")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The options of single suites; a suite reads those that it has a use for."""
+
+    files: tuple[Path, ...] = ()
+    text: Path | None = None
+    depths: str = "0,0.14,0.28,0.42,0.57,0.71,0.85,1"
+    documents: int = 1
+    limit: int = 1_000_000
+    seed: int = 0
+    chat: bool = False
+    decode_question: bool = False
+
+
+def lengths(text: str) -> list[int]:
+    """--ctx as a list."""
+    values = integers(text, "--ctx")
+    if min(values) < 1:
+        raise UserError(f"--ctx is {text!r}; its numbers must be at least 1")
+    return values
+
+
+def choose(name: str, wanted: Wanted) -> Suite:
+    """The suite of that name; UserError when there is none or a file of it is missing."""
+    if name not in NAMES:
+        raise UserError(f"there is no suite {name!r}; choose one of {', '.join(NAMES)}")
+    for file in wanted.files:
+        check_file(str(file), "--file")
+    if min(wanted.documents, wanted.limit) < 1:
+        raise UserError("--documents and --limit must be at least 1")
+    return {"passkey": passkey_suite, "lines": lines_suite, "kv": kv_suite}[name](wanted)
+
+
+def asking(
+    name: str,
+    wanted: Wanted,
+    groups: Groups,
+    metric_of: Callable[[str], metrics.Metric],
+    report: Callable[[list[Row], Path], Report],
+) -> Suite:
+    """A suite of questions with judged answers."""
+    options = {"seed": wanted.seed, "chat": wanted.chat, "decode_question": wanted.decode_question}
+    measure = make_measure(metric_of, wanted.decode_question)
+    return Suite(name, groups, measure, report, options, wanted.chat)
+
+
+def passkey_suite(wanted: Wanted) -> Suite:
+    prose = None if wanted.text is None else read_text(str(wanted.text))
+    depths = fractions(wanted.depths, "--depths")
+    groups = partial(passkey.groups, depths=depths, documents=wanted.documents, seed=wanted.seed, prose=prose)
+    report = partial(retrieval_report, suite="passkey")
+    return asking("passkey", wanted, groups, lambda task: metrics.first_word, report)
+
+
+def lines_suite(wanted: Wanted) -> Suite:
+    groups = partial(
+        lines.groups, files=wanted.files, limit=wanted.limit, documents=wanted.documents, seed=wanted.seed
+    )
+    report = partial(retrieval_report, suite="lines")
+    return asking("lines", wanted, groups, lambda task: metrics.line_number, report)
+
+
+def kv_suite(wanted: Wanted) -> Suite:
+    groups = partial(
+        key_values.groups,
+        files=wanted.files,
+        limit=wanted.limit,
+        documents=wanted.documents,
+        seed=wanted.seed,
+    )
+    report = partial(retrieval_report, suite="kv")
+    return asking("kv", wanted, groups, lambda task: metrics.contains, report)
+
+
+def retrieval_report(rows: list[Row], out: Path, suite: str) -> Report:
+    """Right or wrong by depth and length."""
+    found = summarise(rows, right=1.0)
+    return Report(found, table(found, f"{suite}: % right"), depth_maps(rows, out, suite))
+
+
+def task_report(rows: list[Row], out: Path, suite: str, right: float | None) -> Report:
+    """Scores by task, and their average."""
+    found = with_averages(summarise(rows, right))
+    return Report(found, table(found, f"{suite}: scores in %"), score_bars(rows, out, suite))
