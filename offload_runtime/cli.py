@@ -193,7 +193,7 @@ def demo(
 
 @app.command("eval")
 def evaluate(
-    suite: Annotated[str, typer.Argument(help="passkey, lines or kv.")],
+    suite: Annotated[str, typer.Argument(help="passkey, lines, kv, bits, longbench or ruler.")],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for results; a stopped run goes on there.")
     ],
@@ -208,7 +208,9 @@ def evaluate(
     file: Annotated[list[Path] | None, typer.Option(help="A file of cases; may be repeated.")] = None,
     text: Annotated[Path | None, typer.Option(help="A UTF-8 text: filler, or what is scored.")] = None,
     depths: Annotated[str, typer.Option(help="passkey: places of the keys.")] = DEPTHS,
-    documents: Annotated[int, typer.Option(help="Made documents per context length.")] = 1,
+    tasks: Annotated[str, typer.Option(help="ruler: which tasks.")] = "multikey,multivalue,variables,words",
+    documents: Annotated[int, typer.Option(help="Made documents (bits: pieces) per context length.")] = 1,
+    tokens: Annotated[int, typer.Option(help="bits: tokens decoded and scored of each piece.")] = 256,
     limit: Annotated[int, typer.Option(help="Most cases of a file.")] = 1_000_000,
     decode_question: Annotated[
         bool, typer.Option("--decode-question", help="Decode the question sparsely too, not only the answer.")
@@ -230,7 +232,9 @@ def evaluate(
             files=tuple(file or ()),
             text=text,
             depths=depths,
+            tasks=tasks,
             documents=documents,
+            tokens=tokens,
             limit=limit,
             seed=seed,
             chat=chat,

@@ -2,16 +2,20 @@
 
 import ast
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from offload_runtime import OffloadedModel
 from offload_runtime.cli import app
+from offload_runtime.demo import shipped_prose
 from offload_runtime.errors import UserError
-from offload_runtime.evals import key_values, lines, metrics
+from offload_runtime.evals import bits, key_values, lines, longbench, metrics, ruler
 from offload_runtime.evals.cases import Tokens, cut_middle
 from offload_runtime.evals.grid import DENSE, Setting, make_grid
 from offload_runtime.evals.records import Results
@@ -202,3 +206,65 @@ def test_only_the_command_imports_evals():
         }
         if any("evals" in name.split(".") for name in names):
             assert file.name in ("cli_eval.py", "cli.py"), f"{file.name} imports evals"
+
+
+def test_bits_of_dense_equal_transformers_loss(tmp_path):
+    """Teacher-forced decode steps at full budget against one forward pass of transformers."""
+    embedded = PACKAGE / "data" / "tiny-256k"
+    model = OffloadedModel.from_pretrained(embedded, device="cpu", ctx=400, budget="1/1", prefetch="off")
+    (group,) = bits.groups(Tokens(model.tokenizer), 400, shipped_prose(), 1, 24)
+    assert group.tokens == 400
+    (case,) = group.cases
+    ((_, got),) = bits.measure(model, group, [case])
+    ids = torch.cat([group.prefix, case.ids])
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32)
+        logprobs = plain(ids[None]).logits[0].log_softmax(-1)
+    expected = -logprobs[-25:-1].gather(1, ids[-24:, None]).sum()
+    assert got["tokens"] == got["bytes"] == 24
+    assert got["nats"] == pytest.approx(float(expected), rel=1e-3)
+    assert got["bits_per_byte"] == pytest.approx(float(expected) / 24 / 0.6931471805599453, rel=1e-3)
+
+
+def test_bits_command(tmp_path):
+    arguments = ["bits", "--ctx", "600", "--tokens", "8", "--budget", "1/16,64", "--label-bits", "4"]
+    result = evaluate(*arguments, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    dense, *sparse = json.loads((tmp_path / "bits.json").read_text())["lines"]
+    assert dense["more"] == 0
+    assert 0 < dense["bits_per_byte"] < 8
+    assert all(line["bits_per_byte"] != dense["bits_per_byte"] for line in sparse)  # the budget was used
+    assert (tmp_path / "bits-tiny-256k-600.png").exists()
+
+
+def test_longbench_files(tmp_path):
+    tokens, file = Tokens(ByteTokenizer()), tmp_path / "qa.jsonl"
+    row = {"task": "musique", "prompt": "x" * 100 + "Answer:", "gold": ["UT", "Texas"]}
+    file.write_text(json.dumps(row) + "\n")
+    (group,) = longbench.groups(tokens, 64, [file], 9)
+    assert (group.tokens, group.cases[0].gold) == (64, ("UT", "Texas"))
+    assert tokens.text(group.cases[0].ids).endswith("Answer:")
+    assert longbench.metric_of("musique")("in Texas", ["UT", "Texas"]) == pytest.approx(2 / 3)
+    assert longbench.metric_of("trec")("no\nsport", ["sport"]) == 0
+    file.write_text(json.dumps({**row, "task": "poetry"}) + "\n")
+    with pytest.raises(UserError, match="poetry"):
+        longbench.groups(tokens, 64, [file], 9)
+    with pytest.raises(UserError, match="--file"):
+        longbench.groups(tokens, 64, [], 9)
+
+
+def test_ruler_cases():
+    tokens = Tokens(ByteTokenizer())
+    made = {group.task: group for group in ruler.groups(tokens, 9000, ruler.TASKS, 1, 0, None)}
+    for group in made.values():
+        text = tokens.text(group.prefix)
+        assert 8500 < group.tokens < 9100
+        assert all(gold in text for gold in group.cases[0].gold)
+    chain = re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", tokens.text(made["variables"].prefix))
+    assert [name for name, _ in chain] == list(made["variables"].cases[0].gold)
+    assert [source for _, source in chain[1:]] == [name for name, _ in chain[:-1]]
+    counts = Counter(re.findall(r"\d+\. (\w+)", tokens.text(made["words"].prefix)))
+    assert {word for word, n in counts.items() if n == 30} == set(made["words"].cases[0].gold)
+    assert set(counts.values()) == {3, 30}
+    again = ruler.groups(tokens, 9000, ["variables"], 1, 0, None)[0]
+    assert torch.equal(again.prefix, made["variables"].prefix)

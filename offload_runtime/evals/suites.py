@@ -6,17 +6,18 @@ from functools import partial
 from pathlib import Path
 
 from ..cli_generate import check_file, read_text
+from ..demo import shipped_prose
 from ..errors import UserError
-from . import key_values, lines, metrics, passkey
+from . import bits, key_values, lines, longbench, metrics, passkey, ruler
 from .asking import make_measure
 from .cases import Groups
-from .grid import fractions, integers
+from .grid import fractions, integers, words
 from .plots import depth_maps, score_bars
 from .records import Row
 from .runner import Report, Suite
 from .summary import summarise, table, with_averages
 
-NAMES = ("passkey", "lines", "kv")
+NAMES = ("passkey", "lines", "kv", "bits", "longbench", "ruler")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class Wanted:
     files: tuple[Path, ...] = ()
     text: Path | None = None
     depths: str = "0,0.14,0.28,0.42,0.57,0.71,0.85,1"
+    tasks: str = ",".join(ruler.TASKS)
     documents: int = 1
+    tokens: int = 256
     limit: int = 1_000_000
     seed: int = 0
     chat: bool = False
@@ -47,9 +50,12 @@ def choose(name: str, wanted: Wanted) -> Suite:
         raise UserError(f"there is no suite {name!r}; choose one of {', '.join(NAMES)}")
     for file in wanted.files:
         check_file(str(file), "--file")
-    if min(wanted.documents, wanted.limit) < 1:
-        raise UserError("--documents and --limit must be at least 1")
-    return {"passkey": passkey_suite, "lines": lines_suite, "kv": kv_suite}[name](wanted)
+    if wanted.text is not None:
+        check_file(str(wanted.text), "--text")
+    if min(wanted.documents, wanted.limit, wanted.tokens) < 1:
+        raise UserError("--documents, --limit and --tokens must be at least 1")
+    makers = (passkey_suite, lines_suite, kv_suite, bits_suite, longbench_suite, ruler_suite)
+    return dict(zip(NAMES, makers, strict=True))[name](wanted)
 
 
 def asking(
@@ -91,6 +97,29 @@ def kv_suite(wanted: Wanted) -> Suite:
     )
     report = partial(retrieval_report, suite="kv")
     return asking("kv", wanted, groups, lambda task: metrics.contains, report)
+
+
+def bits_suite(wanted: Wanted) -> Suite:
+    text = shipped_prose() if wanted.text is None else read_text(str(wanted.text))
+    groups = partial(bits.groups, text=text, pieces=wanted.documents, scored=wanted.tokens)
+    return Suite("bits", groups, bits.measure, bits.report, {})
+
+
+def longbench_suite(wanted: Wanted) -> Suite:
+    groups = partial(longbench.groups, files=wanted.files, limit=wanted.limit)
+    report = partial(task_report, suite="longbench", right=None)
+    return asking("longbench", wanted, groups, longbench.metric_of, report)
+
+
+def ruler_suite(wanted: Wanted) -> Suite:
+    tasks = words(wanted.tasks, "--tasks")
+    unknown = [task for task in tasks if task not in ruler.TASKS]
+    if unknown:
+        raise UserError(f"--tasks: there is no task {unknown[0]!r}; choose from {', '.join(ruler.TASKS)}")
+    prose = None if wanted.text is None else read_text(str(wanted.text))
+    groups = partial(ruler.groups, tasks=tasks, documents=wanted.documents, seed=wanted.seed, prose=prose)
+    report = partial(task_report, suite="ruler", right=1.0)
+    return asking("ruler", wanted, groups, lambda task: metrics.found, report)
 
 
 def retrieval_report(rows: list[Row], out: Path, suite: str) -> Report:
