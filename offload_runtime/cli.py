@@ -69,6 +69,7 @@ def generate(
     chunk_tokens: opt.ChunkTokens = None,
     calibration: opt.CalibrationFile = None,
     seed: opt.Seed = None,
+    audit: opt.Audit = None,
     no_cuda_graph: opt.NoCudaGraph = False,
     device: opt.Device = "auto",
     dtype: opt.Dtype = None,

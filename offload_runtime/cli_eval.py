@@ -4,11 +4,11 @@ import json
 import os
 import platform
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 
 from .cli_generate import check_file
@@ -95,7 +95,7 @@ def open_models(request: EvalRequest) -> list[EvalModel]:
 def versions() -> dict[str, str]:
     """What the numbers were made with."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "device": device}
+    return {"torch": torch.__version__, "transformers": version("transformers"), "device": device}
 
 
 def write_json(file: Path, result: dict[str, Any]) -> None:

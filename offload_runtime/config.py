@@ -30,6 +30,7 @@ class RuntimeConfig:
     chunk_tokens: tokens a prefill chunk; default by device.
     calibration: path of a calibration file; default the model's own, else self-calibration.
     cuda_graph: replay decode steps as one CUDA graph.
+    audit_every: N compares every N-th decode step with exact attention (audit.py); None is off.
     """
 
     ctx: int = 262144
@@ -45,6 +46,7 @@ class RuntimeConfig:
     calibration: str | None = None
     seed: int | None = None
     cuda_graph: bool = True
+    audit_every: int | None = None
 
     def __post_init__(self) -> None:
         if self.prefetch not in PREFETCH_MODES:
@@ -55,7 +57,7 @@ class RuntimeConfig:
             raise UserError("recent must be at least 1 (the current token) and sinks at least 0")
         if self.label_channels is not None and not 1 <= self.label_channels <= LABEL_WIDTHS[-1]:
             raise UserError(f"label_channels is {self.label_channels}; choose 1 to {LABEL_WIDTHS[-1]}")
-        for name in ("ctx", "slots", "new_rows", "chunk_tokens"):
+        for name in ("ctx", "slots", "new_rows", "chunk_tokens", "audit_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")

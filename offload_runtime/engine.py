@@ -182,6 +182,7 @@ class OffloadedModel:
         prefetcher = session.prefetcher
         weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
         cached = sum(len(ids) for ids in session.cached_ids)
+        audit = {} if session.audit is None else {"audit": session.audit.figures()}
         return {
             **loop.times,
             "batch": shape[0],
@@ -190,6 +191,7 @@ class OffloadedModel:
             "cached_tokens": cached,
             **collect(session.caches, prefetcher.predicted_layers, prefetcher.attend_predicted),
             **memory(session.layout, weight_bytes, loop.prefill_peak_bytes, loop.decode_peak_bytes),
+            **audit,
         }
 
     def close(self) -> None:

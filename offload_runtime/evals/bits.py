@@ -68,7 +68,7 @@ def measure(
 
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Bits per byte and perplexity by point of the grid; `more`: bits over dense on the same pieces, less 1."""
+    """Bits per byte and perplexity of every point; `more`: bits over dense on the same pieces, less 1."""
     dense = dense_rows(rows)
     points: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
