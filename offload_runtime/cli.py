@@ -194,7 +194,7 @@ def demo(
 
 @app.command("eval")
 def evaluate(
-    suite: Annotated[str, typer.Argument(help="passkey, lines, kv, bits, longbench or ruler.")],
+    suite: Annotated[str, typer.Argument(help="passkey, lines, kv, bits, longbench, ruler or attention.")],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for results; a stopped run goes on there.")
     ],
@@ -211,7 +211,7 @@ def evaluate(
     depths: Annotated[str, typer.Option(help="passkey: places of the keys.")] = DEPTHS,
     tasks: Annotated[str, typer.Option(help="ruler: which tasks.")] = "multikey,multivalue,variables,words",
     documents: Annotated[int, typer.Option(help="Made documents (bits: pieces) per context length.")] = 1,
-    tokens: Annotated[int, typer.Option(help="bits: tokens decoded and scored of each piece.")] = 256,
+    tokens: Annotated[int, typer.Option(help="bits, attention: tokens of a piece that are decoded.")] = 256,
     limit: Annotated[int, typer.Option(help="Most cases of a file.")] = 1_000_000,
     decode_question: Annotated[
         bool, typer.Option("--decode-question", help="Decode the question sparsely too, not only the answer.")

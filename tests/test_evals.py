@@ -2,9 +2,11 @@
 
 import ast
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from offload_runtime.cli import app
 from offload_runtime.demo import shipped_prose
 from offload_runtime.errors import UserError
 from offload_runtime.evals import bits, key_values, lines, longbench, metrics, ruler
+from offload_runtime.evals.attention import LayerWatch
 from offload_runtime.evals.cases import Tokens, cut_middle
 from offload_runtime.evals.grid import DENSE, Setting, make_grid
 from offload_runtime.evals.records import Results
@@ -268,3 +271,35 @@ def test_ruler_cases():
     assert set(counts.values()) == {3, 30}
     again = ruler.groups(tokens, 9000, ["variables"], 1, 0, None)[0]
     assert torch.equal(again.prefix, made["variables"].prefix)
+
+
+def test_attention_command(tmp_path):
+    arguments = ["attention", "--ctx", "600", "--tokens", "4", "--budget", "1/16,1/4", "--out", tmp_path]
+    result = evaluate(*arguments)
+    assert result.exit_code == 0, result.output
+    few, many = json.loads((tmp_path / "attention.json").read_text())["lines"]
+    for line in (few, many):
+        assert line["attended"] <= line["oracle"] + 1e-6  # nothing beats the exact top-k
+        assert 0 < line["recall"] < 1
+        assert 0 < line["overlap"] < 1
+        assert 0 < line["prefetch_recall"] < 1
+        assert line["layers"][0]["prefetch_recall"] is None  # nothing predicts layer 0
+    assert few["oracle"] < many["oracle"] < 1
+    assert few["attended"] < many["attended"]
+    assert (tmp_path / "attention-tiny-256k-600.png").exists()
+
+
+def test_watching_attention_by_hand():
+    """One layer watch on tensors small enough to count."""
+    state = SimpleNamespace(lengths=torch.tensor([6]))
+    resident = SimpleNamespace(sinks=1, recent=2)
+    keys = torch.tensor([0.0, 3.0, 1.0, 2.0, 0.0, 0.0])[:, None]  # logits, for a query of 1
+    rows = torch.cat([keys, torch.zeros(6, 1)], 1)[None, None]  # [1, 1, 6, 2]
+    cache = SimpleNamespace(state=state, resident=resident, host=SimpleNamespace(rows=rows))
+    selection = SimpleNamespace(tokens=torch.tensor([[[1, 2]]]), counts=torch.tensor([2]))  # best are 1 and 3
+    watch = LayerWatch()
+    watch.look(cache, torch.ones(1, 1, 1), selection, 1.0)
+    e = [math.exp(value) for value in keys.flatten().tolist()]
+    assert watch.means()["oracle"] == pytest.approx((e[0] + e[1] + e[3] + e[4] + e[5]) / sum(e))
+    assert watch.means()["attended"] == pytest.approx((e[0] + e[1] + e[2] + e[4] + e[5]) / sum(e))
+    assert watch.means()["recall"] == 0.5

@@ -40,6 +40,7 @@ class Suite:
     options: dict[str, Any]
     chat: bool = False
     engine: tuple[tuple[str, Any], ...] = ()  # further settings of the runtime
+    against_dense: bool = True  # whether dense attention is run as the reference
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def plan_work(
     for model in models:
         tokens = Tokens(model.tokenizer, suite.chat)
         groups = [group for ctx in ctxs for group in suite.groups(tokens, ctx)]
-        for setting in settings:
+        for setting in settings if suite.against_dense else settings[1:]:
             for group in groups:
                 keys = group.keys(suite.name, f"{model.name} {model.hash}", setting, suite.options)
                 missing = [c for c, key in zip(group.cases, keys, strict=True) if key not in known.rows]

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..cli_generate import check_file, read_text
 from ..demo import shipped_prose
 from ..errors import UserError
-from . import bits, key_values, lines, longbench, metrics, passkey, ruler
+from . import attention, bits, key_values, lines, longbench, metrics, passkey, ruler
 from .asking import make_measure
 from .cases import Groups
 from .grid import fractions, integers, words
@@ -17,7 +17,7 @@ from .records import Row
 from .runner import Report, Suite
 from .summary import summarise, table, with_averages
 
-NAMES = ("passkey", "lines", "kv", "bits", "longbench", "ruler")
+NAMES = ("passkey", "lines", "kv", "bits", "longbench", "ruler", "attention")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,15 @@ def choose(name: str, wanted: Wanted) -> Suite:
         check_file(str(wanted.text), "--text")
     if min(wanted.documents, wanted.limit, wanted.tokens) < 1:
         raise UserError("--documents, --limit and --tokens must be at least 1")
-    makers = (passkey_suite, lines_suite, kv_suite, bits_suite, longbench_suite, ruler_suite)
+    makers = (
+        passkey_suite,
+        lines_suite,
+        kv_suite,
+        bits_suite,
+        longbench_suite,
+        ruler_suite,
+        attention_suite,
+    )
     return dict(zip(NAMES, makers, strict=True))[name](wanted)
 
 
@@ -103,6 +111,16 @@ def bits_suite(wanted: Wanted) -> Suite:
     text = shipped_prose() if wanted.text is None else read_text(str(wanted.text))
     groups = partial(bits.groups, text=text, pieces=wanted.documents, scored=wanted.tokens)
     return Suite("bits", groups, bits.measure, bits.report, {})
+
+
+def attention_suite(wanted: Wanted) -> Suite:
+    """On the same text as bits, run without a CUDA graph, which could not be watched."""
+    text = shipped_prose() if wanted.text is None else read_text(str(wanted.text))
+    groups = partial(bits.groups, text=text, pieces=wanted.documents, scored=wanted.tokens)
+    engine = (("cuda_graph", False),)
+    return Suite(
+        "attention", groups, attention.measure, attention.report, {}, engine=engine, against_dense=False
+    )
 
 
 def longbench_suite(wanted: Wanted) -> Suite:
