@@ -107,7 +107,9 @@ class PrefillRun:
         if isinstance(cache, WindowCache):
             cache.restore(self.sequence, self.rows[:, : self.kept])
             return
-        self.rows[:, : self.kept].copy_(cache.host.rows[self.sequence, :, : self.kept], non_blocking=True)
+        for mine, theirs in zip(self.rows, cache.host.rows[self.sequence], strict=True):
+            # Head by head [kept, row]: contiguous, so it goes straight out of pinned memory.
+            mine[: self.kept].copy_(theirs[: self.kept], non_blocking=True)
 
     def _advance(self, cache: LayerCache | WindowCache, count: int) -> None:
         self.position += count

@@ -39,7 +39,7 @@ def groups(tokens: Tokens, ctx: int, text: str, pieces: int, scored: int) -> lis
         span = ids[start : start + body]
         prefix = torch.cat([begin, span[: body - scored - 1]])
         case = Case(f"piece {piece}", span[body - scored - 1 :])
-        made.append(Group("bits", ctx, prefix, (case,), new_tokens=0))
+        made.append(Group("text", ctx, prefix, (case,), new_tokens=0))
     return made
 
 
@@ -128,13 +128,14 @@ def draw(lines: Sequence[dict[str, Any]], file: Path, title: str) -> Path:
     figure, (curves, cells) = pyplot().subplots(1, 2, figsize=size)
     for kind in kinds:
         points = [(at, value[kind, b]) for at, b in enumerate(budgets) if (kind, b) in value]
-        curves.plot(*zip(*points, strict=True), "o-", label=kind)
+        if points:
+            curves.plot(*zip(*points, strict=True), "o-", label=kind)
     curves.axhline(0, color="grey", ls="--", label="dense")
     curves.set_xticks(range(len(budgets)), budgets)
     curves.set(xlabel="budget", ylabel="bits above dense, %")
     curves.legend(fontsize=7)
     grid = [[value.get((kind, b), float("nan")) for b in budgets] for kind in kinds]
-    worst = max(0.01, *(abs(v) for v in value.values()))
+    worst = max([0.01, *(abs(v) for v in value.values())])
     draw_cells(cells, grid, budgets, kinds, (-worst, worst), "RdYlGn_r", "{:+.2f}")
     cells.set(xlabel="budget", title="bits above dense, %")
     figure.suptitle(title, fontsize=10)

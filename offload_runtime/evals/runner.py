@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..cli_progress import Working
 from ..engine import OffloadedModel
+from ..errors import RunError
 from .cases import Case, Group, Groups, Tokens
 from .eval_model import EvalModel
 from .grid import Setting
@@ -82,27 +83,45 @@ def run(suite: Suite, works: Sequence[Work], known: Results, console: Console) -
         console.print(f"{have} cells are there already, {total} to go", style="dim", highlight=False)
     done = 0
     with Working(console, suite.name) as bar:
-        for (model, setting), mine in by_setting(works).items():
-            need = max(work.group.tokens for work in mine)
-            model.check(setting, need)
-            with model.open(setting, need, **dict(suite.engine)) as runtime:
-                for work in mine:
-                    run_group(suite, runtime, work, known)
-                    done += len(work.missing)
-                    bar.update(done, total)
-                    report(work, known, console)
-    for model in {id(work.model): work.model for work in works}.values():
-        model.close()
+        for model, parts in fitting(by_model(works), console):
+            for setting, mine in parts.items():
+                need = max(work.group.tokens for work in mine)
+                with model.open(setting, need, **dict(suite.engine)) as runtime:
+                    for work in mine:
+                        run_group(suite, runtime, work, known)
+                        done += len(work.missing)
+                        bar.update(done, total)
+                        report(work, known, console)
+            model.close()
     return known.select(key for work in works for key in work.keys)
 
 
-def by_setting(works: Sequence[Work]) -> dict[tuple[EvalModel, Setting], list[Work]]:
+Parts = dict[Setting, list[Work]]
+
+
+def by_model(works: Sequence[Work]) -> list[tuple[EvalModel, Parts]]:
     """Unfinished work, by what has to be opened for it."""
-    parts: dict[tuple[EvalModel, Setting], list[Work]] = {}
+    models: dict[EvalModel, Parts] = {}
     for work in works:
         if work.missing:
-            parts.setdefault((work.model, work.setting), []).append(work)
-    return parts
+            models.setdefault(work.model, {}).setdefault(work.setting, []).append(work)
+    return list(models.items())
+
+
+def fitting(models: Sequence[tuple[EvalModel, Parts]], console: Console) -> list[tuple[EvalModel, Parts]]:
+    """Refuse, before any weights load, what has no room: RunError, or without dense if only that has none."""
+    for model, parts in models:
+        for setting in list(parts):
+            try:
+                model.check(setting, max(work.group.tokens for work in parts[setting]))
+            except RunError as error:
+                if not setting.is_dense:
+                    raise
+                console.print(
+                    f"no dense reference for {model.name}: {error}", highlight=False, soft_wrap=True
+                )
+                del parts[setting]
+    return list(models)
 
 
 def run_group(suite: Suite, runtime: OffloadedModel, work: Work, known: Results) -> None:

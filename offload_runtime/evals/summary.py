@@ -28,7 +28,8 @@ def summarise(rows: Sequence[Row], right: float | None) -> list[dict[str, Any]]:
     """Mean scores by point of the grid.
 
     right: the score from which dense counts as right; `kept` is then the mean score on
-    the cases that dense gets right, and None where it gets none. None leaves both out.
+    the cases that dense gets right, and None where it gets none. Both are left out
+    where there is no dense reference, or with right=None.
     """
     dense = dense_rows(rows)
     points: dict[tuple[Any, ...], list[Row]] = {}
@@ -42,7 +43,7 @@ def summarise(rows: Sequence[Row], right: float | None) -> list[dict[str, Any]]:
             "score": fmean(row["score"] for row in mine),
             "dense": fmean(row["score"] for row in reference) if reference else None,
         }
-        if right is not None:
+        if right is not None and reference:
             easy = [row for row in mine if dense.get(case_of(row), {"score": 0})["score"] >= right]
             line |= {
                 "dense_wrong": len(mine) - len(easy),
