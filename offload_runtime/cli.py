@@ -220,6 +220,10 @@ def evaluate(
     calibrate_on: Annotated[
         list[Path] | None, typer.Option(help="Text for label maps of an R that the model has no file for.")
     ] = None,
+    quality: Annotated[
+        float | None,
+        typer.Option(help="attention: choose the cheapest setting that holds this share of the mass."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Chooses made documents.")] = 0,
     device: opt.Device = "auto",
     dtype: opt.Dtype = None,
@@ -243,10 +247,21 @@ def evaluate(
         )
         run_eval(
             EvalRequest(
-                suite, model, ctx, budget, channels, label_bits, prefetch, calibrate_on or [], out, device,
-                dtype, wanted,
+                suite=suite,
+                models=model,
+                ctxs=ctx,
+                budgets=budget,
+                channels=channels,
+                bits=label_bits,
+                prefetch=prefetch,
+                calibrate_on=calibrate_on or [],
+                out=out,
+                device=device,
+                dtype=dtype,
+                quality=quality,
+                wanted=wanted,
             )
-        )  # fmt: skip
+        )
 
 
 def main() -> None:

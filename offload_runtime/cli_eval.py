@@ -19,6 +19,7 @@ from .errors import RunError, UserError
 from .evals.eval_model import EvalModel
 from .evals.grid import make_grid, words
 from .evals.plots import pyplot
+from .evals.quality import write_choice
 from .evals.records import Results, make_folder
 from .evals.runner import plan_work, run
 from .evals.suites import Wanted, choose, lengths
@@ -41,6 +42,7 @@ class EvalRequest:
     out: Path
     device: str
     dtype: str | None
+    quality: float | None
     wanted: Wanted
 
 
@@ -49,6 +51,7 @@ def run_eval(request: EvalRequest) -> None:
     settings = make_grid(request.budgets, request.channels, request.bits, request.prefetch)
     ctxs = lengths(request.ctxs)
     suite = choose(request.suite, request.wanted)
+    check_quality(request)
     choose_device(request.device)
     for file in request.calibrate_on:
         check_file(str(file), "--calibrate-on")
@@ -69,6 +72,21 @@ def run_eval(request: EvalRequest) -> None:
     console.print(report.table)
     for file in (known.file, summary, *report.pictures):
         console.print(f"wrote {file}", style="dim", highlight=False, soft_wrap=True)
+    if request.quality is not None:
+        for model in models:
+            mine = [line for line in report.lines if line["model"] == model.name]
+            chosen, mass, file = write_choice(model, mine, request.quality, request.out)
+            print(f"{model.name}: {chosen.label} attends to {mass:.4f} of the mass; use --calibration {file}")
+
+
+def check_quality(request: EvalRequest) -> None:
+    """UserError when --quality is no share of attention mass, or given to another suite."""
+    if request.quality is None:
+        return
+    if request.suite != "attention":
+        raise UserError("--quality goes with the suite attention, which measures what it is judged by")
+    if not 0 < request.quality <= 1:
+        raise UserError(f"--quality is {request.quality}; it must be above 0 and at most 1")
 
 
 def open_models(request: EvalRequest) -> list[EvalModel]:

@@ -85,7 +85,7 @@ class OffloadedModel:
         device: "auto" takes CUDA if there is any. dtype: default the checkpoint's
         own on CUDA and float32 on CPU. Raises UserError or RunError in one line.
         """
-        config = make_config(settings)
+        config = make_config(with_choice(settings, name_or_path))
         place = choose_device(device)
         if dtype is None:
             dtype = "auto" if place.type == "cuda" else torch.float32
@@ -207,6 +207,20 @@ class OffloadedModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def with_choice(settings: dict[str, Any], name_or_path: str | Path) -> dict[str, Any]:
+    """The settings, with budget and label bits from the calibration file where the user gave none.
+
+    A calibration file holds them when they were chosen for a quality target.
+    """
+    file = Path(settings.get("calibration") or Path(name_or_path) / CALIBRATION_FILE)
+    if not file.is_file():
+        return settings  # whoever loads it says so
+    chosen: dict[str, Any] = dict(Calibration.load(file).provenance)
+    if "budget" not in chosen:
+        return settings
+    return {"budget": chosen["budget"], "label_bits": int(chosen["label_bits"]), **settings}
 
 
 def choose_device(device: str) -> torch.device:
