@@ -6,7 +6,7 @@
 Both decode the same prompt greedily with the same weights: "dense" is
 transformers' own generate, "offloaded" goes through the offloaded cache. A
 prompt that is too long loses its middle, as LongBench does it, so that the
-question at its end stays. Needs the extra `bench` (rouge-score).
+question at its end stays. Needs the extra `eval` (rouge-score).
 """
 
 import argparse

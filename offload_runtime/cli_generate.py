@@ -17,7 +17,7 @@ from .cli_options import ModelSource
 from .cli_progress import Working, quiet_unless_terminal
 from .cli_stats import check_stats_choice, figures, print_stats, write_json
 from .config import RuntimeConfig, make_config
-from .engine import OffloadedModel, choose_device
+from .engine import OffloadedModel, choose_device, with_choice
 from .errors import UserError
 from .fitting import fit
 from .loading import load_tokenizer
@@ -45,7 +45,7 @@ class GenerateRequest:
 
 def run_generate(request: GenerateRequest) -> None:
     """Generate to stdout. All checks come before the weights load; RunError or UserError in one line."""
-    config = make_config(request.settings)
+    config = make_config(with_choice(request.settings, request.source.name_or_path))
     if request.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {request.max_new_tokens}; it must be at least 1")
     check_stats_choice(request.stats, request.stats_file)

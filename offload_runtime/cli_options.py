@@ -30,6 +30,12 @@ NewRows = Annotated[
 ChunkTokens = Annotated[int | None, typer.Option(help="Tokens a prefill chunk. [default: by device]")]
 CalibrationFile = Annotated[str | None, typer.Option("--calibration", help="A file from `calibrate`.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of sampling.")]
+Audit = Annotated[
+    int | None,
+    typer.Option(
+        help="Compare every N-th decode step with exact attention; its cost is printed. [default: off]"
+    ),
+]
 NoCudaGraph = Annotated[bool, typer.Option("--no-cuda-graph", help="Run decode steps without a CUDA graph.")]
 Placement = Annotated[
     str | None,
@@ -126,6 +132,8 @@ def model_or_embedded(model: str | None) -> str:
 def runtime_settings(given: dict[str, Any]) -> dict[str, Any]:
     """The fields of RuntimeConfig that the user gave; the rest keep its defaults."""
     settings = {name: given[name] for name in SETTINGS if given.get(name) is not None}
+    if given.get("audit") is not None:
+        settings["audit_every"] = given["audit"]
     if given.get("no_cuda_graph"):
         settings["cuda_graph"] = False
     if given.get("fit"):

@@ -12,6 +12,7 @@ from .cli_model import config_of, weights_of
 from .cli_options import ModelSource
 from .config import make_config
 from .console import table_console
+from .engine import with_choice
 from .errors import UserError
 from .memory import FreeMemory, measure
 from .model_check import check_config, check_label_channels, position_warning
@@ -34,7 +35,8 @@ class PlanRequest:
 
 def run_plan(request: PlanRequest) -> None:
     """Print the plan; a plan that does not fit is still an answer (exit code 0)."""
-    config, source = make_config(request.settings), request.source
+    source = request.source
+    config = make_config(with_choice(request.settings, source.name_or_path))
     if request.batch < 1:
         raise UserError(f"--batch is {request.batch}; it must be at least 1")
     if not 0 <= request.miss_rate <= 1:

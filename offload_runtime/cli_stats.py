@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .audit import audit_summary
 from .errors import RunError, UserError
 from .planner import GB, Plan
 
@@ -53,13 +54,15 @@ def print_stats(result: dict[str, Any], choice: str, console: Console) -> None:
         return
     if choice == "table":
         console.print(layer_table(result["layers"]))
+        if "audit" in result:
+            console.print(audit_table(result["audit"]["layers"]))
     if choice != "none":
         for line in summary(result):
             console.print(line, style="dim", highlight=False, soft_wrap=True)
 
 
 def summary(result: dict[str, Any]) -> list[str]:
-    """Three lines: times, rows moved, memory."""
+    """Three lines: times, rows moved, memory; one more for an audit."""
     tpot = result["tpot_s"]
     rate = f", {1 / tpot:.1f} tokens/s" if tpot else ""
     times = (
@@ -76,7 +79,8 @@ def summary(result: dict[str, Any]) -> list[str]:
         planned = result["planned_gpu_peak_gb"]
         gpu = f"GPU peak {prefill:.2f} GB in prefill, {decode:.2f} GB in decode, planned {planned:.2f} GB"
     host = f"host rows {result['pinned_gb']:.2f} GB, planned {result['planned_pinned_gb']:.2f} GB"
-    return [times, rows, f"{gpu}; {host}"]
+    audit = [audit_summary(result["audit"])] if "audit" in result else []
+    return [times, rows, f"{gpu}; {host}", *audit]
 
 
 def percent(share: float | None) -> str:
@@ -88,4 +92,13 @@ def layer_table(layers: list[dict[str, Any]]) -> Table:
     for index, layer in enumerate(layers):
         counts = [str(layer[name]) for name in ("selected", "hits", "misses")]
         table.add_row(str(index), *counts, f"{layer['bytes'] / 1e6:.1f}", percent(layer["recall"]))
+    return table
+
+
+def audit_table(layers: list[dict[str, Any] | None]) -> Table:
+    """Means over the audited steps; sliding layers are exact."""
+    table = Table("layer", "% output error", "largest", "% mass missed", "largest", title="audit by layer")
+    for index, layer in enumerate(layers):
+        values = ["-"] * 4 if layer is None else [f"{100 * value:.2f}" for value in layer.values()]
+        table.add_row(str(index), *values)
     return table

@@ -34,6 +34,7 @@ class RuntimeConfig:
     placement: where the rows are: "host" (pinned memory), "gpu", or "auto", which keeps
         them on the GPU when the plan fits there. On a CPU it means nothing.
     fit: when the plan does not fit, shrink slots, then label bits, then the budget.
+    audit_every: N compares every N-th decode step with exact attention (audit.py); None is off.
     """
 
     ctx: int = 262144
@@ -51,6 +52,7 @@ class RuntimeConfig:
     cuda_graph: bool = True
     placement: str = "host"
     fit: bool = False
+    audit_every: int | None = None
 
     def __post_init__(self) -> None:
         if self.prefetch not in PREFETCH_MODES:
@@ -63,7 +65,7 @@ class RuntimeConfig:
             raise UserError("recent must be at least 1 (the current token) and sinks at least 0")
         if self.label_channels is not None and not 1 <= self.label_channels <= LABEL_WIDTHS[-1]:
             raise UserError(f"label_channels is {self.label_channels}; choose 1 to {LABEL_WIDTHS[-1]}")
-        for name in ("ctx", "slots", "new_rows", "chunk_tokens"):
+        for name in ("ctx", "slots", "new_rows", "chunk_tokens", "audit_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .adapter import AttentionCall, ModelAdapter
+from .audit import Audit
 from .cache.layer_cache import BatchState, LayerCache
 from .cache.window_cache import WindowCache
 from .fusion import Fusion
@@ -16,7 +17,8 @@ class DecodeLoop:
     """Steps a batch by one token at a time. All state is in the caches and in GPU memory.
 
     The first step runs as it is (kernels compile, the allocator warms up), the
-    second is captured and every later one is a replay of that graph.
+    second is captured and every later one is a replay of that graph. A step that is
+    audited runs as it is; the graph stays for the others.
     """
 
     def __init__(
@@ -26,7 +28,9 @@ class DecodeLoop:
         state: BatchState,
         prefetcher: Prefetcher,
         use_graph: bool,
+        audit: Audit | None = None,
     ) -> None:
+        self.audit = audit
         self.adapter, self.caches, self.state, self.prefetcher = adapter, caches, state, prefetcher
         batch = state.lengths.shape[0]
         self.token_ids = torch.zeros(batch, 1, dtype=torch.long, device=adapter.device)
@@ -39,6 +43,9 @@ class DecodeLoop:
     def step(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Append token_ids [B] and return the next token's logits [B, V] (reused by the next step)."""
         self.token_ids.copy_(token_ids[:, None])
+        if self.audit is not None and self.audit.due():
+            with self.audit.watching():
+                return self._forward()
         if self.graph is not None:
             self.graph.replay()
         elif self.use_graph and self.warm:
@@ -79,6 +86,8 @@ class DecodeLoop:
             else:
                 selection = self.prefetcher.selection_for(index, query, call.scale)
                 out = cache.attend(query, selection, call.scale, call.softcap, call.sink_logits)
+                if self.audit is not None and self.audit.active:
+                    self.audit.look(index, query, selection, call, out)
             return out[:, None]  # [B, 1, Hq, D]
 
         return handle

@@ -99,7 +99,7 @@ class OffloadedModel:
         loading when the weights cannot fit; the caches are planned when generate knows
         the prompt, and refused before they are allocated (or shrunk, with fit=True).
         """
-        config = make_config(settings)
+        config = make_config(with_choice(settings, name_or_path))
         place = choose_device(device)
         source = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
         # Remote code's sizes are known only by running it, a GGUF file's and quantised ones by loading.
@@ -215,6 +215,7 @@ class OffloadedModel:
         prefetcher = session.prefetcher
         weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
         cached = sum(len(ids) for ids in session.cached_ids)
+        audit = {} if session.audit is None else {"audit": session.audit.figures()}
         return {
             **loop.times,
             "batch": shape[0],
@@ -232,6 +233,7 @@ class OffloadedModel:
                 loop.prefill_peak_bytes,
                 loop.decode_peak_bytes,
             ),
+            **audit,
         }
 
     def save_cache(self, directory: str | Path) -> None:
@@ -282,6 +284,20 @@ def free_unused(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def with_choice(settings: dict[str, Any], name_or_path: str | Path) -> dict[str, Any]:
+    """The settings, with budget and label bits from the calibration file where the user gave none.
+
+    A calibration file holds them when they were chosen for a quality target.
+    """
+    file = Path(settings.get("calibration") or Path(name_or_path) / CALIBRATION_FILE)
+    if not file.is_file():
+        return settings  # whoever loads it says so
+    chosen: dict[str, Any] = dict(Calibration.load(file).provenance)
+    if "budget" not in chosen:
+        return settings
+    return {"budget": chosen["budget"], "label_bits": int(chosen["label_bits"]), **settings}
 
 
 def choose_device(device: str) -> torch.device:

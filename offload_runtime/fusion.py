@@ -40,7 +40,7 @@ class Fusion:
             for norm in self.norms:
                 norm.forward = fused_norm(norm)
             if self.rotary is not None:
-                self.rotary.apply_rotary_pos_emb = fused_rotary
+                self.rotary.apply_rotary_pos_emb = fused_rotary(plain)
             yield
         finally:
             for norm in self.norms:
@@ -54,8 +54,13 @@ def fused_norm(norm: Any) -> Any:
     return lambda x: rms_norm(x, weight, eps)
 
 
-def fused_rotary(q: Any, k: Any, cos: Any, sin: Any, *_: Any, **__: Any) -> Any:
-    return rotate(q, k, cos, sin)
+def fused_rotary(plain: Any) -> Any:
+    def turn(q: Any, k: Any, cos: Any, sin: Any, *arguments: Any, **keywords: Any) -> Any:
+        if cos.shape[-1] != q.shape[-1]:  # partial rotary (Phi-4): the rest of the head stays as it is
+            return plain(q, k, cos, sin, *arguments, **keywords)
+        return rotate(q, k, cos, sin)
+
+    return turn
 
 
 def agree(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
@@ -96,5 +101,5 @@ def rotary_module(adapter: ModelAdapter) -> ModuleType | None:
         theirs = plain(query, key, cos, sin)
     except (RuntimeError, TypeError):
         return None  # partial rotary or another signature
-    ours = fused_rotary(query, key, cos, sin)
+    ours = rotate(query, key, cos, sin)
     return module if all(agree(a, b) for a, b in zip(ours, theirs, strict=True)) else None

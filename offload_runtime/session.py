@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from .adapter import ModelAdapter
+from .audit import Audit
 from .cache.layer_cache import BatchState, LayerCache
 from .cache.layout import KVLayout, biting
 from .cache.window_cache import WindowCache
@@ -55,7 +56,11 @@ class Session:
             device,
             delay_cycles,
         )
-        self.decoder = DecodeLoop(adapter, self.caches, self.state, self.prefetcher, config.cuda_graph)
+        every = config.audit_every
+        self.audit = None if every is None else Audit(every, self.caches, device)
+        self.decoder = DecodeLoop(
+            adapter, self.caches, self.state, self.prefetcher, config.cuda_graph, self.audit
+        )
         self.cached_ids: list[torch.Tensor] = [torch.empty(0, dtype=torch.long)] * batch
         self.kept_tokens = 0  # of the last prefill: tokens that were cached already
         self.long_rotary = False  # which frequencies the cached keys were turned by, where there are two
@@ -103,6 +108,8 @@ class Session:
         for cache in self.offloaded.values():
             cache.clear()  # resident rows only; host rows and labels of the kept tokens stay
         self.state.step.zero_()
+        if self.audit is not None:
+            self.audit.clear()
         budgets = [self.config.budget_tokens(len(prompt) + new_tokens) for prompt in prompts]
         self.state.budgets.copy_(torch.tensor(budgets, dtype=torch.int32))
         work = sum(len(prompt) - k for prompt, k in zip(prompts, kept, strict=True)) * len(self.caches)

@@ -1,0 +1,128 @@
+"""`ds-offload eval`: run a suite over a grid of settings; results, table and pictures go to --out."""
+
+import json
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from .cli_generate import check_file
+from .cli_options import model_or_embedded
+from .cli_progress import quiet_unless_terminal
+from .engine import choose_device
+from .errors import RunError, UserError
+from .evals.eval_model import EvalModel
+from .evals.grid import make_grid, words
+from .evals.plots import pyplot
+from .evals.quality import write_choice
+from .evals.records import Results, make_folder
+from .evals.runner import plan_work, run
+from .evals.suites import Wanted, choose, lengths
+
+LOG_COLUMNS = 140  # of a table that goes to a file or a pipe
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What the command line asked for; lists are still comma-separated text."""
+
+    suite: str
+    models: str | None
+    ctxs: str
+    budgets: str
+    channels: str | None
+    bits: str
+    prefetch: str
+    calibrate_on: list[Path]
+    out: Path
+    device: str
+    dtype: str | None
+    quality: float | None
+    wanted: Wanted
+
+
+def run_eval(request: EvalRequest) -> None:
+    """Check, compute what is missing, then write OUT/SUITE.jsonl, SUITE.json and the pictures."""
+    settings = make_grid(request.budgets, request.channels, request.bits, request.prefetch)
+    ctxs = lengths(request.ctxs)
+    suite = choose(request.suite, request.wanted)
+    check_quality(request)
+    choose_device(request.device)
+    for file in request.calibrate_on:
+        check_file(str(file), "--calibrate-on")
+    pyplot()  # better to miss it now than after hours
+    make_folder(request.out)
+    known = Results(request.out / f"{suite.name}.jsonl")
+    models = open_models(request)
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(stderr=True, width=LOG_COLUMNS)
+    quiet_unless_terminal()
+    works = plan_work(suite, models, ctxs, settings, known)
+    if not works:
+        raise UserError(f"no case fits into --ctx {request.ctxs}; raise it or give shorter cases")
+    report = suite.report(run(suite, works, known, console), request.out)
+    summary = request.out / f"{suite.name}.json"
+    write_json(summary, {"suite": suite.name, **versions(), "lines": report.lines})
+    console.print(report.table)
+    for file in (known.file, summary, *report.pictures):
+        console.print(f"wrote {file}", style="dim", highlight=False, soft_wrap=True)
+    if request.quality is not None:
+        for model in models:
+            mine = [line for line in report.lines if line["model"] == model.name]
+            chosen, mass, file = write_choice(model, mine, request.quality, request.out)
+            print(f"{model.name}: {chosen.label} attends to {mass:.4f} of the mass; use --calibration {file}")
+
+
+def check_quality(request: EvalRequest) -> None:
+    """UserError when --quality is no share of attention mass, or given to another suite."""
+    if request.quality is None:
+        return
+    if request.suite != "attention":
+        raise UserError("--quality goes with the suite attention, which measures what it is judged by")
+    if not 0 < request.quality <= 1:
+        raise UserError(f"--quality is {request.quality}; it must be above 0 and at most 1")
+
+
+def open_models(request: EvalRequest) -> list[EvalModel]:
+    """Every model's config and tokenizer; UserError when two would have one name in the results."""
+    names = [None] if request.models is None else words(request.models, "--model")
+    models = [
+        EvalModel(
+            model_or_embedded(name),
+            request.device,
+            request.dtype,
+            request.wanted.seed,
+            request.calibrate_on,
+            request.out,
+        )
+        for name in names
+    ]
+    if len({model.name for model in models}) < len(models):
+        raise UserError("two of the models have the same name; evaluate them with two --out folders")
+    if request.wanted.chat and not all(model.tokenizer.chat_template for model in models):
+        raise UserError("not every model has a chat template; leave --chat out")
+    return models
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return {"torch": torch.__version__, "transformers": version("transformers"), "device": device}
+
+
+def write_json(file: Path, result: dict[str, Any]) -> None:
+    """Write the whole file or nothing."""
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        part.replace(file)
+    except OSError as error:
+        raise RunError(f"cannot write {file}: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,97 @@
+"""A model under evaluation: its tokenizer at once, its weights when the first cell needs them."""
+
+from pathlib import Path
+from typing import Any
+
+from ..calibrate_command import DEFAULT_TOKENS, calibrate_text, read_texts
+from ..calibration import Calibration, config_hash
+from ..config import DEFAULT_LABEL_CHANNELS
+from ..engine import OffloadedModel, choose_device, load_tokenizer
+from ..errors import RunError, UserError
+from ..memory import measure
+from ..model_check import check_config, first_line, load_config
+from ..planner import make_plan, require
+from .grid import Setting
+
+
+class EvalModel:
+    """One model directory or hub name and the label maps for every R that is asked of it."""
+
+    def __init__(
+        self,
+        name_or_path: str,
+        device: str,
+        dtype: str | None,
+        seed: int,
+        calibrate_on: list[Path],
+        out: Path,
+    ) -> None:
+        self.name_or_path, self.device, self.dtype, self.seed = name_or_path, device, dtype, seed
+        self.calibrate_on, self.out = calibrate_on, out
+        self.name = Path(name_or_path).name
+        self.config = load_config(name_or_path)
+        self.shape = check_config(self.config)
+        self.hash = config_hash(self.config)
+        self.tokenizer = load_tokenizer(name_or_path)
+        if self.tokenizer is None:
+            raise UserError(f"model {name_or_path} has no tokenizer; evaluation needs one")
+        self.loaded: OffloadedModel | None = None
+
+    def base(self) -> OffloadedModel:
+        """The loaded model; its weights are shared by all settings."""
+        if self.loaded is None:
+            try:
+                self.loaded = OffloadedModel.from_pretrained(
+                    self.name_or_path, device=self.device, dtype=self.dtype
+                )
+            except (OSError, ValueError, ImportError) as error:
+                if isinstance(error, UserError):
+                    raise
+                raise RunError(f"cannot load model {self.name_or_path}: {first_line(error)}") from error
+        return self.loaded
+
+    def check(self, setting: Setting, tokens: int) -> None:
+        """RunError with the numbers when a sequence of that many tokens does not fit."""
+        place = choose_device(self.device)
+        plan = make_plan(
+            setting.config(tokens, self.seed), self.config, measure(str(place)), place.type, tokens=tokens
+        )
+        require(plan)
+
+    def open(self, setting: Setting, ctx: int, **settings: Any) -> OffloadedModel:
+        """The model under one setting; close() it afterwards."""
+        base = self.base()
+        config = setting.config(ctx, self.seed, **settings)
+        return OffloadedModel(base.model, config, self.tokenizer, self.calibration(setting.channels))
+
+    def calibration(self, channels: int | None) -> Calibration | None:
+        """The model's own where R fits it, else one made from --calibrate-on and kept in the output folder.
+
+        None, and so the prompt's own start, where there is neither.
+        """
+        own = self.base().calibration
+        if channels is None or (own is not None and own.key_map.shape[2] == channels):
+            return own
+        if not self.calibrate_on:
+            return None
+        file = self.out / f"calibration-{self.name}-{self.hash}-{channels}.safetensors"
+        if not file.is_file():
+            text = read_texts(self.calibrate_on)
+            calibrate_text(
+                self.base().adapter, self.tokenizer, text, self.name, "projection", channels,
+                DEFAULT_TOKENS, self.seed, None,
+            ).save(file)  # fmt: skip
+        return Calibration.load(file)
+
+    def labels(self, setting: Setting) -> dict[str, Any]:
+        """R and where this setting's label maps come from, for the record."""
+        made = self.calibration(setting.channels)
+        if made is None:
+            return {"label_channels": setting.channels or DEFAULT_LABEL_CHANNELS, "labels_from": "prompt"}
+        source = "calibration file" if made is self.base().calibration else "--calibrate-on"
+        return {"label_channels": made.key_map.shape[2], "labels_from": source}
+
+    def close(self) -> None:
+        if self.loaded is not None:
+            self.loaded.close()
+            self.loaded = None
