@@ -1,11 +1,13 @@
 """Decode: one token through all layers, replayed as one CUDA graph where there is a GPU."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from .adapter import AttentionCall, ModelAdapter
+from .architectures import capturable_experts
 from .cache.layer_cache import BatchState, LayerCache
 from .cache.window_cache import WindowCache
 from .prefetch.scheduler import Prefetcher
@@ -42,17 +44,22 @@ class DecodeLoop:
         elif self.use_graph and self.warm:
             self._capture()
         else:
-            self.logits = self._forward()
+            with self._experts():
+                self.logits = self._forward()
             self.warm = True
         assert self.logits is not None
         return self.logits
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with self._experts(), torch.cuda.graph(graph):
             self.logits = self._forward()
         self.graph = graph
         graph.replay()  # capturing records the step without running it
+
+    def _experts(self) -> AbstractContextManager[None]:
+        """On a GPU every step runs as the captured one does."""
+        return capturable_experts(self.adapter.model) if self.token_ids.is_cuda else nullcontext()
 
     def _forward(self) -> torch.Tensor:
         self.state.lengths.add_(1)
