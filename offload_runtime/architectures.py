@@ -1,13 +1,15 @@
 """What differs between architectures beyond the usual decoder layer. Everything of that kind is here.
 
 The usual layer needs nothing: its own module projects, normalises and rotates,
-and hands query, key and value to transformers' attention interface. Three
+and hands query, key and value to transformers' attention interface. Four
 things reach beyond one layer:
 
 - which layers slide, and how far they see (`layer_windows`);
 - rotary tables that differ by layer type (`rotary_kinds`: Gemma 3, OLMo 3);
 - rotary frequencies that change with the sequence's length (`LengthRotary`:
-  longrope of Phi-3, dynamic NTK).
+  longrope of Phi-3, dynamic NTK);
+- mixtures of experts whose grouped matrix product waits for the GPU
+  (`capturable_experts`).
 """
 
 import inspect
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .errors import UserError
@@ -109,3 +112,22 @@ def length_rotary(base: nn.Module, config: Any) -> LengthRotary | None:
     if rope.get("rope_type") not in LENGTH_DEPENDENT:
         return None
     return LengthRotary(base.get_submodule("rotary_emb"), text)
+
+
+@contextmanager
+def capturable_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Let a mixture's experts run without waiting for the GPU, as a CUDA graph must.
+
+    torch's grouped product does so in bfloat16; in other types it asks the GPU for
+    the groups' sizes. transformers' batched product never does, at the price of a
+    copy of the visited experts' weights. For a few tokens a step, not for prefill.
+    """
+    grouped = getattr(model.config, "_experts_implementation", None) == "grouped_mm"
+    if not grouped or model.dtype == torch.bfloat16 or not type(model)._can_set_experts_implementation():
+        yield
+        return
+    model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation("grouped_mm")

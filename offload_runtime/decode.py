@@ -1,12 +1,17 @@
 """Decode: one token through all layers, replayed as one CUDA graph where there is a GPU."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from .adapter import AttentionCall, ModelAdapter
+<<<<<<< HEAD
 from .audit import Audit
+=======
+from .architectures import capturable_experts
+>>>>>>> models
 from .cache.layer_cache import BatchState, LayerCache
 from .cache.window_cache import WindowCache
 from .fusion import Fusion
@@ -51,17 +56,22 @@ class DecodeLoop:
         elif self.use_graph and self.warm:
             self._capture()
         else:
-            self.logits = self._forward()
+            with self._experts():
+                self.logits = self._forward()
             self.warm = True
         assert self.logits is not None
         return self.logits
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with self._experts(), torch.cuda.graph(graph):
             self.logits = self._forward()
         self.graph = graph
         graph.replay()  # capturing records the step without running it
+
+    def _experts(self) -> AbstractContextManager[None]:
+        """On a GPU every step runs as the captured one does."""
+        return capturable_experts(self.adapter.model) if self.token_ids.is_cuda else nullcontext()
 
     def _forward(self) -> torch.Tensor:
         self.state.advance()

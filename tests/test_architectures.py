@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from offload_runtime.adapter import ModelAdapter
+from offload_runtime.architectures import capturable_experts
 from offload_runtime.cache.window_cache import WindowCache
 from offload_runtime.calibration_collect import attend
 from offload_runtime.errors import UserError
@@ -170,6 +171,22 @@ def test_dynamic_rope_is_exact_within_its_trained_length_and_refused_beyond(devi
     torch.testing.assert_close(got, expected, **TOLERANCE)
     with pytest.raises(UserError, match="64 that this model was trained for"):
         offloaded(model).generate(ids, max_new_tokens=20)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3 moe", "gpt-oss", "llama3 rope"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_of_a_step_never_wait_for_the_gpu(device, name, dtype):
+    model, ids = random_model(name, device).to(dtype), random_ids(1, batch=3, device=device)
+    with torch.no_grad():
+        before = model.config._experts_implementation
+        plain = model(ids, use_cache=False).logits
+        with capturable_experts(model):
+            chosen = model.config._experts_implementation
+            step = model(ids, use_cache=False).logits
+    mixture = name != "llama3 rope"
+    assert chosen == ("batched_mm" if mixture and dtype == torch.float32 else before)
+    assert model.config._experts_implementation == before
+    torch.testing.assert_close(step, plain, **TOLERANCE)
 
 
 REFUSED = {
