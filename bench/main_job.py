@@ -10,6 +10,7 @@ about answers and everything about memory and time.
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from offload_runtime import OffloadedModel, RuntimeConfig
 from offload_runtime.demo import ask, build_document, is_right
 
 FIGURES = (
-    "ttft_s", "tpot_s", "prompt_tokens", "new_tokens", "hit_rate", "prefetch_recall", "gather_gb",
+    "ttft_s", "tpot_s", "tpot_median_s", "prompt_tokens", "new_tokens", "hit_rate", "prefetch_recall", "gather_gb",
     "pinned_gb", "gpu_plan_gb", "gpu_decode_peak_gb", "gpu_prefill_peak_gb",
 )  # fmt: skip
 
@@ -38,24 +39,21 @@ def figures(stats: dict[str, Any]) -> dict[str, Any]:
     return {name: stats[name] for name in FIGURES}
 
 
-def passkey(ctx: int, text_file: str | None, depth: float, new_tokens: int) -> list[dict[str, Any]]:
+def passkey(ctx: int, text_file: str | None, depth: float, new_tokens: int) -> Iterator[dict[str, Any]]:
     """One line a budget and mode: the answer and what it took."""
     text = None if text_file is None else Path(text_file).read_text(encoding="utf-8")
     # The embedded model's tokens are bytes, with one <bos> in front.
     document = build_document(ctx - new_tokens - 64, depth, 0, text, lambda part: len(part.encode()))
-    results = []
     for budget in ("1/16", 2048):
         for mode in ("correct", "predict", "off"):
             with OffloadedModel.from_pretrained(EMBEDDED, ctx=ctx, budget=budget, prefetch=mode) as om:
                 answer = ask(om, document, new_tokens)
                 line = {"budget": budget, "prefetch": mode, "expected": document.answer, "answer": answer}
                 line |= {"right": is_right(answer, document), **figures(om.stats)}
-            results.append(line)
-            print(json.dumps(line), flush=True)
-    return results
+            yield line
 
 
-def shape(ctx: int, new_tokens: int, modes: list[str]) -> list[dict[str, Any]]:
+def shape(ctx: int, new_tokens: int, modes: list[str]) -> Iterator[dict[str, Any]]:
     """The Llama-3.1-8B shape with random weights: one line a budget and mode."""
     torch.manual_seed(0)
     with torch.device("cuda"):
@@ -63,16 +61,13 @@ def shape(ctx: int, new_tokens: int, modes: list[str]) -> list[dict[str, Any]]:
         model = LlamaForCausalLM(LlamaConfig(**LLAMA_8B))
         torch.set_default_dtype(torch.float32)
     ids = torch.randint(0, LLAMA_8B["vocab_size"], (1, ctx - new_tokens), device="cuda")
-    results = []
     for setting in modes:
         budget, mode = setting.split(":")
         config = RuntimeConfig(ctx=ctx, budget=budget, prefetch=mode)
         with OffloadedModel(model, config) as om:
             om.generate(ids, max_new_tokens=new_tokens, do_sample=False)
             line = {"budget": budget, "prefetch": mode, **figures(om.stats)}
-        results.append(line)
-        print(json.dumps(line), flush=True)
-    return results
+        yield line
 
 
 def main() -> None:
@@ -85,13 +80,16 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["1/16:correct", "2048:correct", "2048:off"])
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    report: dict[str, Any] = {"job": options.job, "ctx": options.ctx, "machine": machine(), "results": []}
     if options.job == "passkey":
-        results = passkey(options.ctx, options.text, options.depth, options.new_tokens)
+        lines = passkey(options.ctx, options.text, options.depth, options.new_tokens)
     else:
-        results = shape(options.ctx, options.new_tokens, options.modes)
-    report = {"job": options.job, "ctx": options.ctx, "machine": machine(), "results": results}
+        lines = shape(options.ctx, options.new_tokens, options.modes)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    for line in lines:  # written line by line: an interrupted run keeps what it has
+        print(json.dumps(line), flush=True)
+        report["results"].append(line)
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,8 @@ from typing import Any
 import torch
 
 from .adapter import AttentionCall, ModelAdapter
-<<<<<<< HEAD
-from .audit import Audit
-=======
 from .architectures import capturable_experts
->>>>>>> models
+from .audit import Audit
 from .cache.layer_cache import BatchState, LayerCache
 from .cache.window_cache import WindowCache
 from .fusion import Fusion
