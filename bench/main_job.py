@@ -22,8 +22,8 @@ from offload_runtime import OffloadedModel, RuntimeConfig
 from offload_runtime.demo import ask, build_document, is_right
 
 FIGURES = (
-    "ttft_s", "tpot_s", "tpot_median_s", "prompt_tokens", "new_tokens", "hit_rate", "prefetch_recall", "gather_gb",
-    "pinned_gb", "gpu_plan_gb", "gpu_decode_peak_gb", "gpu_prefill_peak_gb",
+    "ttft_s", "tpot_s", "tpot_median_s", "prompt_tokens", "new_tokens", "hit_rate", "prefetch_recall",
+    "gather_gb", "pinned_gb", "gpu_plan_gb", "gpu_decode_peak_gb", "gpu_prefill_peak_gb",
 )  # fmt: skip
 
 EMBEDDED = ROOT / "offload_runtime" / "data" / "tiny-256k"

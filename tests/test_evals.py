@@ -303,3 +303,14 @@ def test_watching_attention_by_hand():
     assert watch.means()["oracle"] == pytest.approx((e[0] + e[1] + e[3] + e[4] + e[5]) / sum(e))
     assert watch.means()["attended"] == pytest.approx((e[0] + e[1] + e[2] + e[4] + e[5]) / sum(e))
     assert watch.means()["recall"] == 0.5
+
+
+def test_decoding_the_question_too(tmp_path):
+    """The question then runs through decode steps: fewer prompt tokens, the same answers at full budget."""
+    common = ["passkey", "--ctx", "1024", "--depths", "0.2,0.8", "--budget", "1/1", "--out"]
+    result = evaluate(*common, tmp_path, "--decode-question")
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in (tmp_path / "passkey.jsonl").read_text().splitlines()]
+    assert [row["score"] for row in rows] == [1.0, 1.0]
+    assert len({row["prompt_tokens"] for row in rows}) == 1  # the document alone, whatever the question
+    assert all(row["new_tokens"] > 12 for row in rows)
