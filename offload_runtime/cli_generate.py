@@ -12,14 +12,14 @@ from transformers import TextStreamer
 
 from .calibration import Calibration
 from .cli_exits import warn
-from .cli_model import config_of, load, plan_of
+from .cli_model import config_of, fitted_plan, load
 from .cli_options import ModelSource
 from .cli_progress import Working, quiet_unless_terminal
 from .cli_stats import check_stats_choice, figures, print_stats, write_json
 from .config import RuntimeConfig, make_config
 from .engine import OffloadedModel, choose_device, with_choice
 from .errors import UserError
-from .fitting import fit
+from .fitting import shrunk
 from .loading import load_tokenizer
 from .model_check import check_config, check_label_channels
 from .planner import Plan, require
@@ -64,13 +64,8 @@ def run_generate(request: GenerateRequest) -> None:
     ids = tokenise(tokenizer, text, request.chat)
     tokens = ids.shape[1] + request.max_new_tokens
     check_length(ids.shape[1], request.max_new_tokens, config)
-    if config.fit:
-        config, notes = fit(config, lambda trial: plan_of(request.source, trial, model_config, place, tokens))
-        for note in notes:
-            warn(note)
-        shrunk = {"slots": config.slots, "label_bits": config.label_bits, "budget": config.budget}
-        request = replace(request, settings={**request.settings, **shrunk})
-    plan = plan_of(request.source, config, model_config, place, tokens)
+    config, plan = fitted_plan(request.source, config, model_config, place, tokens)
+    request = replace(request, settings={**request.settings, **shrunk(config)})
     require(plan)
     generate(request, ids, plan)
 

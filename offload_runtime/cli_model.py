@@ -10,6 +10,7 @@ from .cli_exits import warn
 from .cli_options import ModelSource
 from .config import RuntimeConfig
 from .engine import OffloadedModel
+from .fitting import fit
 from .loading import QUANTISERS, quantisation, read_config, scale_rope
 from .memory import measure
 from .model_check import check_config, check_label_channels, config_note, position_warning
@@ -46,6 +47,18 @@ def plan_of(
     batch: int = 1,
 ) -> Plan:
     """Check settings against the model, warn about its range, plan memory for `tokens`."""
+    return fitted_plan(source, config, model, place, tokens, batch)[1]
+
+
+def fitted_plan(
+    source: ModelSource,
+    config: RuntimeConfig,
+    model: PretrainedConfig,
+    place: torch.device,
+    tokens: int,
+    batch: int = 1,
+) -> tuple[RuntimeConfig, Plan]:
+    """plan_of, and the config that the plan is for: with config.fit it is shrunk until it fits, saying so."""
     shape = check_config(model)
     check_label_channels(config.label_channels, shape)
     warning = position_warning(tokens, shape)
@@ -53,9 +66,17 @@ def plan_of(
         warn(warning)
     dtype = None if source.dtype is None else getattr(torch, source.dtype)
     free, weights = measure(str(place)), weights_of(source, model)
-    return make_plan(
-        config, model, free, place.type, tokens=tokens, batch=batch, dtype=dtype, weights=weights
-    )
+
+    def plan(trial: RuntimeConfig) -> Plan:
+        return make_plan(
+            trial, model, free, place.type, tokens=tokens, batch=batch, dtype=dtype, weights=weights
+        )
+
+    if config.fit:
+        config, notes = fit(config, plan)
+        for note in notes:
+            warn(note)
+    return config, plan(config)
 
 
 def load(source: ModelSource, settings: dict[str, Any]) -> OffloadedModel:

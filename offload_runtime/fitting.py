@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -46,6 +47,12 @@ def fit(config: RuntimeConfig, plan_of: PlanOf) -> tuple[RuntimeConfig, list[str
         notes.append(f"budget lowered from {budget} to {count} to fit; fewer tokens are attended to")
         config = replace(config, budget=count)
     return config, notes
+
+
+def shrunk(config: RuntimeConfig) -> dict[str, Any]:
+    """The settings that fit() may have changed; none when it was not asked to."""
+    names = ("slots", "label_bits", "budget") if config.fit else ()
+    return {name: getattr(config, name) for name in names}
 
 
 def smallest(config: RuntimeConfig, budget: int) -> RuntimeConfig:

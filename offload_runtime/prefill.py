@@ -3,7 +3,7 @@
 transformers' own forward runs the model over the whole prompt; only inside a
 decoder layer is the work cut into chunks, so embeddings, rotary tables and the
 order of the layers stay the model's. Peak memory is the hidden states [S, E],
-one layer's rows [Hkv, S, row] and one chunk's activations.
+one layer's rows [Hkv, capacity, row] and one chunk's activations.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -30,6 +30,7 @@ from .snapshot_files import (
     atomic_directory,
     byte_view,
     read_tensors,
+    remove_leftovers,
     replaced_name,
     write_tensors,
 )
@@ -50,6 +51,7 @@ def save(session: Session, directory: str | Path) -> None:
     if session.adapter.device.type == "cuda":
         torch.cuda.synchronize(session.adapter.device)
     try:
+        remove_leftovers(target)  # they count as used
         size = sum(t.nbytes for cache in session.caches for t in pieces(cache, lengths))
         free = shutil.disk_usage(target.parent).free
         if size > free:
@@ -81,7 +83,7 @@ def write_all(session: Session, lengths: Sequence[int], folder: Path) -> None:
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         files = dict(pool.map(write, range(len(session.caches))))
     files[TOKENS] = write_tensors(folder / TOKENS, (ids.long() for ids in session.cached_ids))
-    adapter, rotary = session.adapter, session.adapter.length_rotary
+    adapter = session.adapter
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -91,7 +93,7 @@ def write_all(session: Session, lengths: Sequence[int], folder: Path) -> None:
         "windows": list(biting(adapter.windows, session.layout.capacity)),
         "capacity": session.layout.capacity,
         "label_maps": maps_fingerprint(session),
-        "long_rotary": rotary is not None and rotary.long,
+        "long_rotary": session.long_rotary,
         "lengths": list(lengths),
         "files": files,
     }
@@ -205,12 +207,9 @@ class Snapshot:
             raise damaged(self.directory, str(error)) from error
         except OSError as error:
             raise RunError(f"cannot read the cache in {self.directory}: {error.strerror or error}") from error
-        rotary = session.adapter.length_rotary
-        if rotary is not None:
-            rotary.choose(rotary.trained + int(self.header["long_rotary"]))
         if session.adapter.device.type == "cuda":
             torch.cuda.synchronize(session.adapter.device)
-        session.cached_ids = ids
+        session.cached_ids, session.long_rotary = ids, self.header["long_rotary"]
 
     def foreign(self, reason: str) -> UserError:
         return UserError(f"the cache in {self.directory} was saved with {reason}; prefill the document again")
