@@ -20,4 +20,5 @@ check:
 	$(RUN) -m mypy
 
 bench:
-	$(RUN) -m bench
+	$(RUN) -m bench.ops
+	$(RUN) -m bench.decode --out bench/results/decode.json

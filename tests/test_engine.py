@@ -1,10 +1,14 @@
 """The contracts of decoding, end to end on random models (CPU references or GPU kernels)."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .models import identity_calibration, logits_of, offloaded, random_ids, random_llama
 
+EMBEDDED = Path(__file__).resolve().parent.parent / "offload_runtime" / "data" / "tiny-256k"
 NEW_TOKENS = 6
 # One below, at and above: sinks (4), sinks + recent (20), a chunk (64), two chunks, the capacity step (1024).
 LENGTHS = [1, 4, 5, 19, 20, 21, 63, 64, 65, 127, 129, 1000]
@@ -14,6 +18,16 @@ LENGTHS = [1, 4, 5, 19, 20, 21, 63, 64, 65, 127, 129, 1000]
 def test_full_budget_equals_transformers(device, query_heads, kv_heads, head_dim):
     model = random_llama(query_heads, kv_heads, head_dim, device=device)
     ids = random_ids(200, device=device)
+    expected_ids, expected = logits_of(model.generate, ids, NEW_TOKENS)
+    got_ids, got = logits_of(offloaded(model, budget="1/1").generate, ids, NEW_TOKENS)
+    assert torch.equal(got_ids, expected_ids)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_embedded_model_at_full_budget_equals_transformers(device):
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32).to(device).eval()
+    text = (EMBEDDED.parent / "prose.txt").read_text(encoding="utf-8")[:700]
+    ids = AutoTokenizer.from_pretrained(EMBEDDED)(text, return_tensors="pt").input_ids.to(device)
     expected_ids, expected = logits_of(model.generate, ids, NEW_TOKENS)
     got_ids, got = logits_of(offloaded(model, budget="1/1").generate, ids, NEW_TOKENS)
     assert torch.equal(got_ids, expected_ids)

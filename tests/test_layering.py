@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("kernels", "cache", "prefetch", "offload_runtime")  # each may import itself and those before it
 TRANSFORMERS = {
     "adapter.py",
+    "arguments.py",  # GenerationConfig's type
     "architectures.py",  # a config's type
     "cli_chat.py",  # streamer
     "cli_model.py",  # a config's type
