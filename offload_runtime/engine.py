@@ -236,13 +236,12 @@ class OffloadedModel:
         UserError when the snapshot is damaged or another model's.
         """
         snapshot = Snapshot.open(directory)
-        calibration = self.calibration or snapshot.unread_calibration(self.adapter)
-        snapshot.check(self.adapter, self.config, calibration)
+        calibration = snapshot.check(self.adapter, self.config, self.calibration)
         capacity = snapshot.capacity(self.adapter, self.config, new_tokens)
         self._session = None
         free_unused(self.model.device)
         session = self._new_session(calibration, snapshot.header["layout"]["batch"], capacity)
-        snapshot.fill(session, fixed_maps=self.calibration is not None)
+        snapshot.fill(session)
         self._session = session
         return sum(snapshot.header["lengths"])
 

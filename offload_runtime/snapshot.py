@@ -1,7 +1,8 @@
-"""A prefilled document on disk: rows, labels and label maps of a session, to go on from without prefill.
+"""A prefilled document on disk: rows, labels and calibration of a session, to go on from without prefill.
 
 A directory: snapshot.json says what it is (model, weights, layout, sizes and
-checksums), tokens.bin has the token ids, layer-000.bin and on the layers. Only
+checksums), tokens.bin has the token ids, calibration.safetensors what the labels
+were made with, layer-000.bin and on the layers. Only
 tokens that exist are written, so a snapshot does not depend on the capacity,
 budget, slots, sinks or recent window that it was made with.
 """
@@ -32,11 +33,12 @@ from .snapshot_files import (
     read_tensors,
     remove_leftovers,
     replaced_name,
+    sync_file,
     write_tensors,
 )
 
 FORMAT, VERSION = "ds-offload cache", 1
-HEADER, TOKENS = "snapshot.json", "tokens.bin"
+HEADER, TOKENS, CALIBRATION = "snapshot.json", "tokens.bin", "calibration.safetensors"
 FILES_AT_ONCE = 8  # threads, a layer each: a checksum runs at about 1 GB/s a core, fast disks at 5 and more
 SAMPLED_ELEMENTS = 256  # of every parameter, for the fingerprint of the weights
 SAME_LAYOUT = ("batch", "query_heads", "kv_heads", "head_dim", "label_channels", "label_bits")
@@ -83,6 +85,8 @@ def write_all(session: Session, lengths: Sequence[int], folder: Path) -> None:
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         files = dict(pool.map(write, range(len(session.caches))))
     files[TOKENS] = write_tensors(folder / TOKENS, (ids.long() for ids in session.cached_ids))
+    session.calibration.save(folder / CALIBRATION)
+    files[CALIBRATION] = sync_file(folder / CALIBRATION)
     adapter = session.adapter
     header = {
         "format": FORMAT,
@@ -92,7 +96,6 @@ def write_all(session: Session, lengths: Sequence[int], folder: Path) -> None:
         "layout": layout_facts(session.layout),
         "windows": list(biting(adapter.windows, session.layout.capacity)),
         "capacity": session.layout.capacity,
-        "label_maps": maps_fingerprint(session),
         "long_rotary": session.long_rotary,
         "lengths": list(lengths),
         "files": files,
@@ -148,14 +151,35 @@ class Snapshot:
             shown = ", ".join(f"{name} {theirs.get(name)} there, {facts[name]} here" for name in wrong)
             raise self.foreign(f"another model ({shown})")
 
-    def check(self, adapter: ModelAdapter, config: RuntimeConfig, calibration: Calibration) -> None:
-        """UserError when it is another model's or made with labels of another kind."""
+    def check(
+        self, adapter: ModelAdapter, config: RuntimeConfig, calibration: Calibration | None
+    ) -> Calibration:
+        """Its calibration; UserError when it is another model's or made with labels of another kind.
+
+        calibration: the one that the model has here, None for one that calibrates itself.
+        """
         self.check_config(adapter.model.config)
-        self.check_layout(make_layout(adapter, config, calibration, self.header["layout"]["batch"], 1))
+        own = self.calibration()
+        self.check_layout(make_layout(adapter, config, own, self.header["layout"]["batch"], 1))
+        channels = own.key_map.shape[2]
+        if config.label_channels not in (None, channels):
+            raise self.foreign(
+                f"other settings (label_channels {channels} there, {config.label_channels} here)"
+            )
+        if calibration is not None and not same_maps(calibration, own):
+            raise self.foreign("another calibration")
         if self.header["weights"] != weights_fingerprint(adapter.model):
             raise self.foreign("other weights of the same shape")
         if self.tokens >= config.ctx:
             raise UserError(f"the cache in {self.directory} has {self.tokens} tokens and ctx is {config.ctx}")
+        return own
+
+    def calibration(self) -> Calibration:
+        """The calibration that its labels were made with."""
+        file, record = self.directory / CALIBRATION, self.header["files"][CALIBRATION]
+        if sync_file(file) != record:
+            raise damaged(self.directory, f"{CALIBRATION} is damaged: its checksum is wrong")
+        return Calibration.load(file)
 
     def check_layout(self, layout: KVLayout) -> None:
         """UserError when its bytes would read otherwise in caches of this layout."""
@@ -173,26 +197,10 @@ class Snapshot:
                 return capacity
         raise self.foreign("a model whose layers slide otherwise")
 
-    def unread_calibration(self, adapter: ModelAdapter) -> Calibration:
-        """Empty label maps of its size, for a model that has none of its own: fill() reads them."""
-        layers, width, dim = len(adapter.layers), self.header["layout"]["label_channels"], adapter.head_dim
-        return Calibration(
-            query_map=torch.zeros(layers, adapter.query_heads, width, dim),
-            key_map=torch.zeros(layers, adapter.kv_heads, width, dim),
-            key_mean=torch.zeros(layers, adapter.kv_heads, dim),
-            unpredicted_layers=(0,),
-            provenance={},
-        )
-
-    def fill(self, session: Session, fixed_maps: bool) -> None:
-        """Read everything into a new session's caches, layers in parallel; UserError when damaged.
-
-        fixed_maps: the session's label maps are the model's own, and the snapshot must have the same.
-        """
+    def fill(self, session: Session) -> None:
+        """Read everything into a new session's caches, layers in parallel; UserError when damaged."""
         lengths, files = self.header["lengths"], self.header["files"]
         self.check_layout(session.layout)  # fit=True may have chosen other label bits
-        if fixed_maps and maps_fingerprint(session) != self.header["label_maps"]:
-            raise self.foreign("another calibration")
         ids = [torch.empty(length, dtype=torch.long) for length in lengths]
 
         def read(index: int) -> None:
@@ -224,7 +232,7 @@ def layer_file(index: int) -> str:
 
 
 def pieces(cache: LayerCache | WindowCache, lengths: Sequence[int]) -> Iterator[torch.Tensor]:
-    """One layer's tensors in file order, contiguous views: sequences, heads, then label maps."""
+    """One layer's tensors in file order, contiguous views of the cache: sequences, then heads."""
     for sequence, length in enumerate(lengths):
         for head in range(cache.layout.kv_heads):
             if isinstance(cache, WindowCache):
@@ -233,8 +241,6 @@ def pieces(cache: LayerCache | WindowCache, lengths: Sequence[int]) -> Iterator[
             yield cache.host.rows[sequence, head, :length]
             yield cache.labels.codes[sequence, head, :length]
             yield cache.labels.scales[sequence, head, :length]
-    if isinstance(cache, LayerCache):
-        yield from (cache.maps.query_map, cache.maps.key_map, cache.maps.key_mean)
 
 
 def layout_facts(layout: KVLayout) -> dict[str, Any]:
@@ -266,9 +272,7 @@ def weights_fingerprint(model: torch.nn.Module) -> int:
     return checksum
 
 
-def maps_fingerprint(session: Session) -> int:
-    checksum = 0
-    for cache in session.offloaded.values():
-        for tensor in (cache.maps.query_map, cache.maps.key_map, cache.maps.key_mean):
-            checksum = zlib.crc32(byte_view(tensor.cpu()), checksum)
-    return checksum
+def same_maps(one: Calibration, other: Calibration) -> bool:
+    names = ("query_map", "key_map", "key_mean")
+    pairs = [(getattr(one, name).float().cpu(), getattr(other, name).float().cpu()) for name in names]
+    return all(torch.equal(a, b) for a, b in pairs)

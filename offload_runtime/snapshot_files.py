@@ -47,6 +47,14 @@ def write_tensors(path: Path, tensors: Iterable[torch.Tensor]) -> dict[str, int]
     return {"bytes": size, "crc32": checksum}
 
 
+def sync_file(path: Path) -> dict[str, int]:
+    """Bring a small file that someone else wrote to the disk itself; returns bytes and crc32."""
+    with open(path, "rb") as file:
+        data = file.read()
+        os.fsync(file.fileno())
+    return {"bytes": len(data), "crc32": zlib.crc32(data)}
+
+
 def read_tensors(path: Path, tensors: Iterable[torch.Tensor], record: dict[str, int]) -> None:
     """Fill contiguous tensors from a file, CPU ones in place; DamagedFile when it differs from its record."""
     checksum = 0
