@@ -83,8 +83,8 @@ def fastest_attention(query: torch.Tensor, rows: torch.Tensor, scale: float) -> 
             return cudnn_attention(query, rows, scale)
         except torch.cuda.OutOfMemoryError:
             raise
-        except RuntimeError:  # a length that cuDNN has no plan for
-            pass
+        except RuntimeError:  # a length that cuDNN has no plan for: flash attention has no such limit
+            return flash_attention(query, rows, scale)
     return flash_attention(query, rows, scale)
 
 
