@@ -6,8 +6,9 @@ from typing import Any
 from ..calibrate_command import DEFAULT_TOKENS, calibrate_text, read_texts
 from ..calibration import Calibration, config_hash
 from ..config import DEFAULT_LABEL_CHANNELS
-from ..engine import OffloadedModel, choose_device, load_tokenizer
+from ..engine import OffloadedModel, choose_device
 from ..errors import RunError, UserError
+from ..loading import load_tokenizer
 from ..memory import measure
 from ..model_check import check_config, first_line, load_config
 from ..planner import make_plan, require
@@ -33,8 +34,6 @@ class EvalModel:
         self.shape = check_config(self.config)
         self.hash = config_hash(self.config)
         self.tokenizer = load_tokenizer(name_or_path)
-        if self.tokenizer is None:
-            raise UserError(f"model {name_or_path} has no tokenizer; evaluation needs one")
         self.loaded: OffloadedModel | None = None
 
     def base(self) -> OffloadedModel:
