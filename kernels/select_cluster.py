@@ -29,8 +29,13 @@ def cluster_select_available(device: torch.device, capacity: int) -> bool:
     if properties.major < 9:
         return False
     largest = 16 if properties.major in (9, 10) else 8  # sm_120 has no clusters of 16
-    limit = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    return dynamic_bytes(capacity, largest, True) + STATIC_BYTES <= limit
+    return dynamic_bytes(capacity, largest, True) + STATIC_BYTES <= shared_limit(device)
+
+
+def shared_limit(device: torch.device) -> int:
+    """Shared memory that one CTA may have, in bytes."""
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
 def dynamic_bytes(capacity: int, cluster: int, sticky: bool) -> int:
@@ -90,11 +95,13 @@ def compiled(
     """(kernel, CTAs a cluster): 16 where the device can place such a cluster, else 8."""
     import cupy
 
+    limit = shared_limit(torch.device("cuda", device_index))
     with cupy.cuda.Device(device_index):
         for cluster in (16, 8):
             kernel = build(channels, bits, group, sticky, cluster)
             size = dynamic_bytes(capacity, cluster, sticky)
-            kernel.max_dynamic_shared_size_bytes = size
+            # CuPy gives every capacity the same function, so the limit must hold for all of them.
+            kernel.max_dynamic_shared_size_bytes = limit - kernel.shared_size_bytes
             if cluster > 8:
                 cupy.cuda.driver.funcSetAttribute(kernel.kernel.ptr, NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
             if active_clusters(kernel.kernel.ptr, cluster, size) > 0:

@@ -68,7 +68,7 @@ def test_merge_kernel(device, count, dim, dtype):
     lse, other_lse = 40 * torch.randn(2, 1, 3, count, device=device)
     expected = merge_attention_reference(out.clone(), lse, other, other_lse)
     merge_attention_triton(out, lse, other, other_lse)
-    tolerance = 2 * torch.finfo(dtype).eps
+    tolerance = 4 * torch.finfo(dtype).eps  # two exponentials, a product and a sum
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
 
 
