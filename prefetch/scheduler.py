@@ -51,12 +51,9 @@ class Prefetcher:
         self.predictions = (Selection(layout, device), Selection(layout, device))
         self.inputs: list[torch.Tensor | None] = [None, None]
         self.on_gpu = device.type == "cuda"
+        self.ready, self.chosen, self.done, self.fetched = (events(caches, self.on_gpu) for _ in range(4))
         if self.on_gpu:
             self.side_stream, self.copy_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
-            self.ready = {index: torch.cuda.Event() for index in caches}
-            self.chosen = {index: torch.cuda.Event() for index in caches}
-            self.done = {index: torch.cuda.Event() for index in caches}
-            self.fetched = {index: torch.cuda.Event() for index in caches}
 
     def before_layer(self, index: int, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
         """Called with layer `index`'s input [B, 1, E]: start the prediction for the layer after it."""
@@ -134,7 +131,7 @@ class Prefetcher:
         cache.keep(selection)
         return selection
 
-    def _wait(self, events: dict[int, "torch.cuda.Event"], index: int) -> None:
+    def _wait(self, events: dict[int, torch.cuda.Event], index: int) -> None:
         """Order the main stream after an event of layer `index`."""
         if self.on_gpu:
             torch.cuda.current_stream().wait_event(events[index])
@@ -145,3 +142,8 @@ class Prefetcher:
             self.fetched[index].record()
             self.copy_stream.wait_event(self.fetched[index])
         self._gather_ahead(index + 1)
+
+
+def events(caches: Mapping[int, LayerCache], on_gpu: bool) -> dict[int, torch.cuda.Event]:
+    """One event a layer; none without a GPU, where everything runs in order."""
+    return {index: torch.cuda.Event() for index in caches} if on_gpu else {}
