@@ -96,6 +96,7 @@ def as_dict(plan: Plan, times: Times | None, rates: Rates) -> dict[str, Any]:
         "budget": plan.budget,
         "device": plan.device,
         "placement": plan.placement,
+        "chunk_tokens": plan.chunk_tokens,
         "needs_bytes": asdict(plan.needs),
         "gpu_bytes": plan.gpu_bytes,
         "host_bytes": plan.host_bytes,

@@ -206,6 +206,11 @@ class OffloadedModel:
             "new_tokens": loop.new_tokens,
             "cached_tokens": cached,
             "reused_tokens": session.kept_tokens,
+            "prefill": {
+                **session.backend.figures(),
+                "chunk_tokens": session.config.chunk_tokens,
+                "pinned_wait_s": session.pinned_wait_s,
+            },
             **collect(session.caches, prefetcher.predicted_layers, prefetcher.attend_predicted),
             **memory(
                 session.layout,

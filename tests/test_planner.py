@@ -212,8 +212,8 @@ def plans_on(gpu_bytes: int, device: str = "cuda") -> Callable[[RuntimeConfig], 
 
 def test_fit_shrinks_in_order() -> None:
     """Each step is taken only when the one before it was not enough, and the result fits."""
-    whole = make_plan(RuntimeConfig(), LLAMA_8B, PLENTY, "cuda").needs.device
-    config = RuntimeConfig(label_bits=8)
+    config = RuntimeConfig(label_bits=8, budget="1/4", chunk_tokens=512)  # slots take more than prefill
+    whole = make_plan(config, LLAMA_8B, PLENTY, "cuda").needs.device
     slots = 32 * 8 * 512  # bytes of one slot in every layer and KV head
     few_slots = make_plan(replace(config, slots=1), LLAMA_8B, PLENTY, "cuda").needs.device
     low_bits = make_plan(replace(config, slots=1, label_bits=4), LLAMA_8B, PLENTY, "cuda").needs.device
@@ -231,8 +231,24 @@ def test_fit_shrinks_in_order() -> None:
         assert not any("\n" in note for note in notes)
     assert fit(config, plans_on(few_slots + 100 * slots))[0].label_bits == 8
     fitted, _ = fit(config, plans_on(low_bits - 1000 * slots))
-    assert 64 <= int(fitted.budget) < 16384
+    assert 64 <= int(fitted.budget) < 65536
     assert not plans_on(low_bits - 1000 * slots)(replace(fitted, budget=int(fitted.budget) + 1)).fits
+
+
+def test_chunks_shrink_before_anything_else() -> None:
+    """262,144 tokens of the 8B shape on a card of 24 GiB: at 1/16 as well as at 2,048 rows."""
+    for budget in ("1/16", 2048):
+        plan = make_plan(RuntimeConfig(budget=budget), LLAMA_8B, FreeMemory(GB * 400, 24 << 30), "cuda")
+        assert plan.fits
+    config = RuntimeConfig(budget=2048)
+    roomy = make_plan(config, LLAMA_8B, PLENTY, "cuda")
+    assert roomy.chunk_tokens == 4096
+    assert roomy.needs.lasting - roomy.needs.weights - roomy.needs.reserve + roomy.needs.prefill < 6 << 30
+    tight = make_plan(config, LLAMA_8B, FreeMemory(GB * 400, roomy.needs.device - 1), "cuda")
+    assert (tight.fits, tight.chunk_tokens) == (True, 2048)
+    assert fit(config, plans_on(roomy.needs.device - 1)) == (config, [])
+    chosen = make_plan(replace(config, chunk_tokens=4096), LLAMA_8B, tight.free, "cuda")
+    assert (chosen.fits, chosen.chunk_tokens) == (False, 4096)
 
 
 def test_fit_refuses_what_no_setting_helps() -> None:
