@@ -18,13 +18,13 @@ from .layouts import make_layout
 from .memory import FreeMemory
 from .model_check import ModelShape, check_config
 from .prefill import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, KEEP_SLOTS_TOKENS
+from .prefill_memory import prefill_bytes
 from .weights import Weights, count_weights
 
 GB = 1e9
 # Kept free on a GPU: cuBLAS workspaces, compiled kernels, the CUDA graph's pool and what the
 # allocator loses to fragments. An assumption, not a measurement.
 GPU_RESERVE_BYTES = 768 << 20
-CPU_LOGIT_BLOCK_BYTES = 512 << 20  # the CPU prefill keeps a block of logits of a few hundred MB
 # Where halving the chunk stops: 50 MB of activations in the 8B shape, so less frees nothing (arithmetic).
 LEAST_CHUNK_TOKENS = 512
 SMALLEST_CTX, LARGEST_CTX = 64, 1 << 24  # where the search for the largest context starts and stops
@@ -163,7 +163,7 @@ def make_plan(
 
     def needs_in(trial: RuntimeConfig, count: int, chunk: int) -> Needs:
         layout = layout_of(shape, trial, count, batch)
-        on_host = needs_for(shape, layout, replace(trial, chunk_tokens=chunk), count, weight_bytes, device)
+        on_host = needs_for(shape, layout, trial, count, chunk, weight_bytes, device)
         on_gpu = replace(on_host, rows=on_host.pinned, pinned=0)
         if device == "cpu" or trial.placement == "host":
             return on_host
@@ -225,7 +225,13 @@ def layout_of(shape: ModelShape, config: RuntimeConfig, tokens: int, batch: int)
 
 
 def needs_for(
-    shape: ModelShape, layout: KVLayout, config: RuntimeConfig, tokens: int, weight_bytes: int, device: str
+    shape: ModelShape,
+    layout: KVLayout,
+    config: RuntimeConfig,
+    tokens: int,
+    chunk: int,
+    weight_bytes: int,
+    device: str,
 ) -> Needs:
     on_gpu = device == "cuda"
     short = min(tokens, KEEP_SLOTS_TOKENS)
@@ -236,8 +242,8 @@ def needs_for(
         rings=layout.window_bytes,
         maps=layout.layers * layout.map_bytes,
         workspace=workspace_bytes(shape, layout, config),
-        prefill=prefill_bytes(shape, layout, config, tokens, on_gpu),
-        question=prefill_bytes(shape, layout, config, short, on_gpu),
+        prefill=prefill_bytes(shape, layout, chunk, tokens, on_gpu),
+        question=prefill_bytes(shape, layout, chunk, short, on_gpu),
         reserve=GPU_RESERVE_BYTES if on_gpu else 0,
         pinned=layout.layers * layout.host_bytes,
     )
@@ -248,38 +254,6 @@ def workspace_bytes(shape: ModelShape, layout: KVLayout, config: RuntimeConfig) 
     logits = 3 * layout.batch * shape.vocab * 4  # float32: logits, processed scores, probabilities
     sticky = layout.layers * layout.selection_bytes if config.new_rows is not None else 0
     return layout.workspace_bytes + sticky + logits
-
-
-def prefill_bytes(
-    shape: ModelShape, layout: KVLayout, config: RuntimeConfig, tokens: int, on_gpu: bool
-) -> int:
-    """Peak beside the caches while one sequence of S tokens prefills.
-
-    Hidden states [S, E] all the time. With them first the making of the rotary tables
-    (float32: angles, both halves, cosine, sine and a product of them), then the tables
-    2 x [S, D], one layer's rows [Hkv, capacity, row] and one chunk's activations.
-    """
-    item = shape.dtype.itemsize
-    chunk = min(tokens, config.chunk_tokens or (GPU_CHUNK_TOKENS if on_gpu else CPU_CHUNK_TOKENS))
-    hidden = tokens * shape.hidden * item
-    making_rotary = tokens * shape.head_dim * 18  # 4 bytes x 4.5
-    rows = layout.kv_heads * layout.capacity * layout.row_bytes
-    activations = chunk * max(mlp_bytes(shape), attention_bytes(shape))
-    running = 2 * tokens * shape.head_dim * item + rows + activations
-    return hidden + max(making_rotary, running) + (0 if on_gpu else CPU_LOGIT_BLOCK_BYTES)
-
-
-def mlp_bytes(shape: ModelShape) -> int:
-    """Per token: the activated gate, the up projection and their product; input, residual."""
-    item, width = shape.dtype.itemsize, shape.experts_used * shape.intermediate
-    return (3 * width + 2 * shape.hidden) * item
-
-
-def attention_bytes(shape: ModelShape) -> int:
-    """Per token: input, q, k, v, two parts' outputs and the float32 sum of parts merged so far."""
-    item, wide = shape.dtype.itemsize, shape.query_heads * shape.head_dim
-    keys = 2 * shape.kv_heads * shape.head_dim
-    return (2 * shape.hidden + 3 * wide + keys) * item + 4 * wide
 
 
 def require(plan: Plan) -> None:
