@@ -1,5 +1,6 @@
 """OffloadedModel: a transformers causal LM that decodes with its KV cache in host memory."""
 
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,7 @@ class OffloadedModel:
         self.stats: dict[str, Any] = {}
         self.fitted: list[str] = []  # what fit=True shrank for the caches in use
         self._session: Session | None = None
+        self._calibration_s = 0.0  # of the last call's time: a calibration made from its prompt
 
     @classmethod
     def from_pretrained(
@@ -137,6 +139,7 @@ class OffloadedModel:
             torch.cuda.reset_peak_memory_stats(self.model.device)
         if self.config.seed is not None:
             torch.manual_seed(self.config.seed)
+        self._calibration_s = 0.0
         loop = TokenLoop(self._open_session, streamer, on_prefill)
         try:
             out = self.model.generate(
@@ -146,7 +149,6 @@ class OffloadedModel:
         except (MemoryError, RuntimeError):  # PyTorch's out of memory too
             self._session = loop.session = None  # half allocated: the next call starts afresh
             raise
-        assert loop.session is not None
         self.stats = self._collect(loop, left_ids.shape)
         ids = out if isinstance(out, torch.Tensor) else out.sequences
         ids[:, : input_ids.shape[1]] = input_ids  # padded as the caller had it
@@ -183,7 +185,10 @@ class OffloadedModel:
         """The model's calibration, or one made from the prompt's first tokens when it has none."""
         if self.calibration is not None:
             return self.calibration
-        return calibration_from_prompt(self.adapter, self.config, prompt, capacity)
+        began = time.perf_counter()
+        calibration = calibration_from_prompt(self.adapter, self.config, prompt, capacity)
+        self._calibration_s = time.perf_counter() - began
+        return calibration
 
     def _new_session(self, calibration: Calibration, batch: int, capacity: int) -> Session:
         config, self.fitted = plan_session(self.config, self.adapter, batch, capacity)
@@ -213,11 +218,7 @@ class OffloadedModel:
             "new_tokens": loop.new_tokens,
             "cached_tokens": cached,
             "reused_tokens": session.kept_tokens,
-            "prefill": {
-                **session.backend.figures(),
-                "chunk_tokens": session.config.chunk_tokens,
-                "pinned_wait_s": session.pinned_wait_s,
-            },
+            "prefill": {**session.prefill_figures(), "calibration_s": self._calibration_s},
             **collect(session.caches, prefetcher.predicted_layers, prefetcher.attend_predicted),
             **memory(
                 session.layout,

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -145,6 +146,11 @@ class Session:
         self.state.lengths.copy_(torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32))
         self.cached_ids = [prompt.cpu() for prompt in prompts]
         return torch.cat(logits)
+
+    def prefill_figures(self) -> dict[str, Any]:
+        """Of the last prefill: its attention, chunk and wait for pinned memory."""
+        chunk = {"chunk_tokens": self.config.chunk_tokens, "pinned_wait_s": self.pinned_wait_s}
+        return self.backend.figures() | chunk
 
     def _free_slots(self) -> None:
         """Leave the slots' memory to a long prefill; decode makes them, and its graph, anew."""

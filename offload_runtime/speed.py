@@ -22,7 +22,9 @@ class Rates:
     weight_bytes_s: float = 15.0e9 / 6.03e-3  # the GEMVs of an 8B model, 15 GB in 6.03 ms
     plain_layer_s: float = (7.95e-3 - 6.03e-3) / 32  # norms, RoPE, activations of 32 layers in a CUDA graph
     layer_s: float = (6.51e-3 - 6.03e-3) / 32  # the same with fused norms and RoPE
-    select_s: float = 50e-6  # label scores and top-k of one layer at 262,144 tokens
+    # Label scores and top-k of one layer: 50 us at 262,144 tokens; how much grows with tokens is a guess.
+    select_base_s: float = 15e-6
+    select_token_s: float = 35e-6 / 262144
     hbm_bytes_s: float = 2.7e12  # dense flash decode: 1.07 GB a layer in 0.40 ms
     link_bytes_s: float = 50e9  # pinned copies
     # Row gathers out of 34 GB, as parts of what copies reach, by the part of all rows that is taken:
@@ -31,6 +33,9 @@ class Rates:
     dense_gather: float = 44 / 50
     matmul_flop_s: float = 700e12  # 8B prefill of 262,144 tokens: 4.2e15 flop in 6 s
     attention_flop_s: float = 620e12  # cuDNN: 665e12 over a whole prompt, less in chunks (an estimate)
+
+    def select_s(self, tokens: int) -> float:
+        return self.select_base_s + tokens * self.select_token_s
 
     def gather_bytes_s(self, share: float) -> float:
         """Rate at which a selection of `share` of all rows comes; between the measured two by logarithm."""
@@ -76,13 +81,14 @@ def predict(plan: Plan, weights: Weights, rates: Rates, traffic: Traffic) -> Tim
     all_layers = layout.layers + len(layout.windows)
     read_weights = weights.active_bytes_in(layout.dtype) / rates.weight_bytes_s
     dense = read_weights + all_layers * rates.plain_layer_s + kv_bytes / rates.hbm_bytes_s
-    sparse = read_weights + all_layers * rates.layer_s + layout.layers * rates.select_s
+    selections = layout.layers * rates.select_s(tokens)
+    sparse = read_weights + all_layers * rates.layer_s + selections
     sparse += (label_bytes + selected_bytes) / rates.hbm_bytes_s
     miss_rate = traffic.miss_rate
     if traffic.new_rows is not None:
         miss_rate = min(traffic.new_rows, plan.budget) / plan.budget
     missed_s = miss_rate * selected_bytes / rates.gather_bytes_s(plan.budget / tokens)
-    offload = offload_s(sparse, missed_s, layout.layers, rates, traffic)
+    offload = offload_s(sparse, missed_s, selections, layout.layers, traffic)
     fits = gpu_fits(plan, kv_bytes)
     best, why = best_of({"dense": dense, "sparse": sparse, "offload": offload}, fits)
     first = ttft(plan, weights, rates)
@@ -90,15 +96,15 @@ def predict(plan: Plan, weights: Weights, rates: Rates, traffic: Traffic) -> Tim
     return Times(first, dense, sparse, offload, *fitting, miss_rate, best, why)
 
 
-def offload_s(sparse: float, missed_s: float, layers: int, rates: Rates, traffic: Traffic) -> float:
-    """Seconds of an offloaded step. sparse: without transfers; missed_s: of the missed rows over the link.
+def offload_s(sparse: float, missed_s: float, selections: float, layers: int, traffic: Traffic) -> float:
+    """Seconds of an offloaded step. sparse: without transfers; missed_s: of the missed rows over the link;
+    selections: of one selection in every layer.
 
     Layer i+1's rows travel while layer i computes; layer 0 has nobody to hide behind.
     """
     if traffic.prefetch == "off":
         return sparse + missed_s
     layers = max(layers, 1)
-    selections = layers * rates.select_s
     if traffic.prefetch == "predict":
         return max(sparse, missed_s + selections) + missed_s / layers
     late = (1 - traffic.recall) * missed_s  # as much again was fetched in vain
