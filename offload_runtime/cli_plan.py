@@ -124,6 +124,7 @@ def as_dict(plan: Plan, times: Times | None, rates: Rates) -> dict[str, Any]:
         "fits": plan.fits,
         "largest_ctx": plan.largest_ctx,
         "largest_budget": plan.largest_budget,
+        "largest_batch": plan.largest_batch,
         "predicted_s": None if times is None else asdict(times),
         "rates": asdict(rates),
     }

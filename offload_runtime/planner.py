@@ -28,6 +28,7 @@ GPU_RESERVE_BYTES = 768 << 20
 # Where halving the chunk stops: 50 MB of activations in the 8B shape, so less frees nothing (arithmetic).
 LEAST_CHUNK_TOKENS = 512
 SMALLEST_CTX, LARGEST_CTX = 64, 1 << 24  # where the search for the largest context starts and stops
+LARGEST_BATCH = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Plan:
     free: FreeMemory
     largest_ctx: int
     largest_budget: int
+    largest_batch: int = 0
     chunk_tokens: int = 0  # of a prefill: the largest that fits
 
     @property
@@ -106,20 +108,21 @@ class Plan:
             ("rings of sliding layers", n.rings),
             ("slot maps", n.maps),
             ("decode workspace", n.workspace),
-            (f"prefill in chunks of {self.chunk_tokens}, before there are slots", n.prefill),
-            ("a short prefill beside the slots", n.question),
+            (f"prefill by {self.chunk_tokens} tokens, no slots yet", n.prefill),
+            ("short prefill beside the slots", n.question),
             ("reserve", n.reserve),
         ]
         kind = "GPU" if self.device == "cuda" else "host"
         rows = [(f"{kind}: {name}", gb(size)) for name, size in parts if size]
         if self.device == "cuda":
             free = gb(self.free.gpu) if self.free.gpu is not None else "not known, no GPU here"
-            rows.append(("GPU: total / free", f"{gb(self.gpu_bytes)} / {free}"))
+            rows.append(("GPU: most at a time / free", f"{gb(self.gpu_bytes)} / {free}"))
         rows.append(("host: KV rows" + (", pinned" if self.device == "cuda" else ""), gb(n.pinned)))
         rows.append(("host: total / free", f"{gb(self.host_bytes)} / {gb(self.free.host)}"))
         rows.append(("fits", "yes" if self.fits else "no"))
         rows.append(("largest ctx at this budget", str(self.largest_ctx or "none")))
         rows.append(("largest budget at this ctx", f"{self.largest_budget or 'none'}"))
+        rows.append(("largest batch at both", f"{self.largest_batch or 'none'}"))
         return rows
 
 
@@ -161,7 +164,7 @@ def make_plan(
     weight_bytes = weights.bytes_in(shape.dtype)
     tokens = config.ctx if tokens is None else tokens
 
-    def needs_in(trial: RuntimeConfig, count: int, chunk: int) -> Needs:
+    def needs_in(trial: RuntimeConfig, count: int, chunk: int, batch: int) -> Needs:
         layout = layout_of(shape, trial, count, batch)
         on_host = needs_for(shape, layout, trial, count, chunk, weight_bytes, device)
         on_gpu = replace(on_host, rows=on_host.pinned, pinned=0)
@@ -171,16 +174,16 @@ def make_plan(
             return on_gpu
         return on_host
 
-    def best(trial: RuntimeConfig, count: int) -> tuple[int, Needs]:
+    def best(trial: RuntimeConfig, count: int, batch: int = batch) -> tuple[int, Needs]:
         """The largest chunk that fits, the smallest when none does, and what the run needs with it."""
         for chunk in chunk_sizes(trial, device):
-            needs = needs_in(trial, count, chunk)
+            needs = needs_in(trial, count, chunk, batch)
             if within(needs, device, free):
                 break
         return chunk, needs
 
-    def fits(trial: RuntimeConfig, count: int) -> bool:
-        return within(best(trial, count)[1], device, free)
+    def fits(trial: RuntimeConfig, count: int, batch: int = batch) -> bool:
+        return within(best(trial, count, batch)[1], device, free)
 
     chunk, needs = best(config, tokens)
     budget = parse_budget(config.budget)
@@ -191,6 +194,7 @@ def make_plan(
         budget=config.budget_tokens(tokens),
         device=device,
         layout=layout_of(shape, config, tokens, batch),
+        largest_batch=largest(lambda b: fits(config, tokens, b), 1, LARGEST_BATCH),
         needs=needs,
         chunk_tokens=chunk,
         free=free,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from offload_runtime import memory
+from offload_runtime.cache import pinned
 from offload_runtime.cache.host_rows import HostRows
 from offload_runtime.errors import RunError
 from offload_runtime.memory import FreeMemory, address_limit, host_free_bytes, limit_gpu
@@ -115,3 +116,20 @@ def test_memory_taken_after_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert torch.equal(runtime.generate(ids, max_new_tokens=3, do_sample=False), expected)
+
+
+class RefusingRuntime:
+    """libcudart of a machine that locks no more pages."""
+
+    def cudaHostRegister(self, *_: int) -> int:
+        return 2
+
+
+def test_no_page_may_be_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ulimit -l` and the like: the message names what to check."""
+    monkeypatch.setattr(pinned.torch.cuda, "cudart", RefusingRuntime)
+    with pytest.raises(MemoryError, match=r"cannot pin 0\.00 GB.*ulimit -l") as refusal:
+        pinned.pinned_empty((4, 1000), torch.float32)
+    assert "\n" not in str(refusal.value)
+    with pytest.raises(MemoryError, match="cannot map"):
+        pinned.pinned_empty((1 << 50,), torch.float32)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, MixtralConfig
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from offload_runtime.config import RuntimeConfig
 from offload_runtime.errors import RunError, UserError
@@ -91,6 +91,10 @@ def test_what_is_offered_fits_and_one_more_does_not(free: FreeMemory) -> None:
 
     assert fits(replace(config, ctx=plan.largest_ctx))
     assert not fits(replace(config, ctx=plan.largest_ctx + 1))
+    fitting = make_plan(replace(config, ctx=16384), LLAMA_8B, free, "cuda", weights=weights)
+    batches = [make_plan(replace(config, ctx=16384), LLAMA_8B, free, "cuda", weights=weights, batch=b).fits
+               for b in (fitting.largest_batch, fitting.largest_batch + 1)]  # fmt: skip
+    assert batches == [True, False]
     with pytest.raises(RunError, match=rf"--ctx {plan.largest_ctx} ") as refusal:
         require(plan)
     assert "\n" not in str(refusal.value)
@@ -353,3 +357,26 @@ def test_a_memory_limit_counts() -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.gpu
+def test_planned_against_measured_bytes_on_a_gpu() -> None:
+    """Peak of prefill and of decode within 5 % of the plan, at a shape where everything in it shows."""
+    from offload_runtime import OffloadedModel
+    from offload_runtime.stats import CUBLAS_BYTES
+
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "vocab_size": 1000}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 70000}
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, dtype="bfloat16")).bfloat16()
+    ids = torch.randint(3, 1000, (1, 65_000), device="cuda")
+    config = RuntimeConfig(ctx=65_536)
+    plan = make_plan(config, model.config, PLENTY, "cuda", tokens=65_004, dtype=torch.bfloat16)
+    with OffloadedModel(model, config) as runtime:
+        runtime.generate(ids, max_new_tokens=4, do_sample=False)
+        pinned = sum(cache.host.rows.nbytes for cache in runtime._session.offloaded.values())
+    n, s = plan.needs, runtime.stats
+    assert pinned == n.pinned
+    lasting = n.lasting - n.reserve
+    assert s["gpu_prefill_peak_gb"] * GB == pytest.approx(lasting + n.prefill + CUBLAS_BYTES // 3, rel=0.05)
+    assert s["gpu_decode_peak_gb"] * GB == pytest.approx(lasting + n.slots + CUBLAS_BYTES, rel=0.05)
