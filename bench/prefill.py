@@ -26,7 +26,8 @@ import torch
 
 from bench.machine import machine
 from bench.plan_times import TimesOfPlan
-from bench.prefill_full import PrefillBench, run_all
+from bench.prefill_full import PrefillBench
+from bench.prefill_parts import run_document, run_ours, run_profile, run_theirs, run_whole
 from bench.rows import Rows
 from bench.shapes import random_model
 from offload_runtime.kernels.split_attention import cudnn_attention, flash_attention
@@ -35,7 +36,8 @@ from offload_runtime.prefill_backend import PrefillBackend
 
 LAYERS, HEADS, KV_HEADS, DIM = 32, 32, 8, 128  # of Llama-3.1-8B
 REPEATS = 3  # a chunk takes 1 to 100 ms; the spread is in the results
-PARTS = ("ttft", "snapshot", "card", "times", "profile", "whole")
+# In order of worth, since rows that there is no time for are left out.
+PARTS = ("ours", "document", "theirs", "profile", "times", "offloaded", "whole")
 BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"flash": flash_attention, "cudnn": cudnn_attention}
 
 
@@ -113,20 +115,19 @@ def full(options: argparse.Namespace) -> None:
     head = {"shape": options.shape, "machine": machine(), "model_s": time.perf_counter() - began}
     rows = Rows(options.out, head, options.seconds - head["model_s"])
     bench = PrefillBench(model, options.contexts, options.budget, options.card, rows)
-    first = [part for part in options.parts if part in ("ttft", "snapshot", "card")]
-    run_all(bench, options.snapshot, first)
-    if options.snapshot is not None and "snapshot" in first:
+    jobs: dict[str, Callable[[], object]] = {
+        "ours": lambda: run_ours(bench),
+        "document": lambda: run_document(bench, options.snapshot),
+        "theirs": lambda: run_theirs(bench, offloading=False),
+        "profile": lambda: run_profile(bench),
+        "times": lambda: [TimesOfPlan(model, ctx, "2048", rows).add_all() for ctx in options.times_at],
+        "offloaded": lambda: run_theirs(bench, offloading=True),
+        "whole": lambda: run_whole(bench),
+    }
+    for part in options.parts:
+        jobs[part]()
+    if options.snapshot is not None:
         shutil.rmtree(options.snapshot, ignore_errors=True)
-    if "times" in options.parts:
-        for ctx in options.times_at:
-            rows.add(f"plan at {ctx}", lambda ctx=ctx: times_of(model, ctx, rows))
-    run_all(bench, None, [part for part in options.parts if part in ("profile", "whole")])
-
-
-def times_of(model: Any, ctx: int, rows: Rows) -> dict[str, Any]:
-    """A row for each way to decode; CUDA only."""
-    TimesOfPlan(model, ctx, "2048", rows).add_all()
-    return {"ctx": ctx}
 
 
 def main() -> None:
@@ -140,7 +141,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--snapshot", type=Path, help="directory to save the longest document's cache to")
     parser.add_argument("--card", type=float, default=24.0, help="GB of the small card")
-    parser.add_argument("--times-at", type=int, nargs="*", default=[65536, 131072])
+    parser.add_argument("--times-at", type=int, nargs="*", default=[32768, 131072])
     parser.add_argument("--seconds", type=float, default=360.0, help="rows that would end later are left out")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

@@ -27,8 +27,7 @@ from offload_runtime.weights import count_weights
 GB = 1e9
 QUESTION_TOKENS, ANSWER_TOKENS = 64, 8
 SECONDS_256K = 45.0  # of our prefill at 262,144 tokens (the goal); shorter ones by the square, at least 3 s
-FEW_LAYERS = 8  # of transformers' rows that are too long or too large with all
-PROFILED_LAYERS = 4
+SMALL_BUDGET = "2048"
 EMPTY = FreeMemory(host=1 << 60, gpu=1 << 60)
 
 
@@ -53,7 +52,9 @@ class PrefillBench:
         self.ids = torch.randint(3, model.config.vocab_size, size, device=self.device)
         self.logits: dict[tuple[int, int], torch.Tensor] = {}  # ours by (tokens, layers): [V]
         self.layers = len(model.model.layers)
+        self.rates = rates_here(str(self.device))
         self.held: OffloadedModel | None = None  # the longest document's
+        self.held_budget: str | int | float = budget
         self.answer: torch.Tensor | None = None
         self.first_s = 0.0
 
@@ -94,19 +95,32 @@ class PrefillBench:
             om = OffloadedModel(self.model, config)
             try:
                 row, self.logits[ctx, count] = ask(om, ids, 1)
-                row |= {"layers": count, **against_plan(om, plan.needs, self.weight_bytes)}
-                row["planned_ttft_s"] = self.times(plan, Traffic(), self.device.type == "cuda")
+                row |= {
+                    "layers": count,
+                    "budget": config.budget,
+                    **against_plan(om, plan.needs, self.weight_bytes),
+                }
+                planned = predict(plan, self.weights, self.rates, Traffic()).ttft
+                waited = row["calibration_s"] + row["pinned_wait_s"]
+                row |= {"planned_ttft_s": planned, "ttft_off_by": planned / (row["ttft_s"] - waited) - 1}
             except BaseException:
                 om.close()
                 raise
         if keep:
-            self.held, self.first_s = om, row["ttft_s"]
+            self.held, self.held_budget, self.first_s = om, config.budget, row["ttft_s"]
         else:
             om.close()
         return row
 
-    def times(self, plan: Plan, traffic: Traffic, on_gpu: bool) -> float | None:
-        return predict(plan, self.weights, rates_here("auto"), traffic).ttft if on_gpu else None
+    def planned_peaks(self, ctx: int) -> dict[str, Any]:
+        """Arithmetic: GPU memory above the weights in prefill, decode and a question, GiB."""
+        row: dict[str, Any] = {}
+        for budget in (SMALL_BUDGET, "1/16"):
+            n = self.plan(RuntimeConfig(ctx=ctx, budget=budget), ctx).needs
+            base = n.lasting - n.reserve - n.weights
+            parts = {"prefill": n.prefill, "decode": n.slots, "question": n.slots + n.question}
+            row[budget] = {name: round((base + size) / 2**30, 3) for name, size in parts.items()}
+        return row
 
     def theirs(self, ctx: int, offloading: bool, layers: int) -> dict[str, Any]:
         """transformers' own prefill of the same tokens with its DynamicCache, and how its logits differ."""
@@ -159,7 +173,7 @@ class PrefillBench:
 
     def from_snapshot(self, ctx: int, folder: Path) -> dict[str, Any]:
         """In a new runtime whose caches come from disk (the weights are loaded already)."""
-        with OffloadedModel(self.model, RuntimeConfig(ctx=ctx, budget=self.budget)) as om:
+        with OffloadedModel(self.model, RuntimeConfig(ctx=ctx, budget=self.held_budget)) as om:
             timer = Timer(self.device)
             om.load_cache(folder)
             load_s = timer.stop()
@@ -168,13 +182,13 @@ class PrefillBench:
         row |= {"load_s": load_s, "load_includes": "pinning", "same_tokens_as_without": same}
         return row | {"times_faster_than_the_first": self.first_s / row["ttft_s"] if self.first_s else None}
 
-    def small_card(self, ctx: int, budget: str) -> dict[str, Any]:
-        """The longest document where PyTorch may hold no more than a small card's memory."""
+    def small_card(self, ctx: int) -> dict[str, Any]:
+        """The longest document where PyTorch may hold no more than a small card's memory; kept."""
         try:
-            row = self.ours(ctx, budget=budget, gpu_memory=self.card_gb)
+            row = self.ours(ctx, keep=True, budget=SMALL_BUDGET, gpu_memory=self.card_gb)
             if self.device.type == "cuda":
                 row["largest_reserved_gb"] = torch.cuda.max_memory_reserved() / GB
-            return row | {"card_gb": self.card_gb, "budget": budget}
+            return row | {"card_gb": self.card_gb}
         finally:
             if self.device.type == "cuda":
                 torch.cuda.set_per_process_memory_fraction(1.0)
@@ -247,49 +261,3 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, Any]:
         "mean_logit_difference": float((ours - theirs).abs().mean()),
         "spread_of_logits": float(theirs.std()),
     }
-
-
-def run_all(bench: PrefillBench, snapshot: Path | None, parts: list[str]) -> None:
-    """All rows in order of worth; those that there is no time for are left out."""
-    add, contexts, every = bench.rows.add, bench.contexts, bench.layers
-    longest, few = contexts[-1], min(FEW_LAYERS, bench.layers)
-    if "ttft" in parts or "snapshot" in parts:
-        add("ours, first run (compiles)", lambda: bench.ours(contexts[0]), 30)
-    if "ttft" in parts:
-        for ctx in contexts:
-            keep = ctx == longest
-            add(f"ours {ctx}", lambda ctx=ctx, keep=keep: bench.ours(ctx, keep=keep), bench.expected_s(ctx))
-    elif "snapshot" in parts:
-        add(f"ours {longest}", lambda: bench.ours(longest, keep=True), bench.expected_s(longest))
-    if "snapshot" in parts and snapshot is not None and bench.held is not None:
-        add("save the document's cache", lambda: bench.save(snapshot), 40)
-        add("second question, in process", lambda: bench.second_question(longest), 10)
-    if bench.held is not None:
-        bench.held.close()
-        bench.held = None
-    if "snapshot" in parts and snapshot is not None and snapshot.is_dir():
-        add("second question, from the snapshot", lambda: bench.from_snapshot(longest, snapshot), 35)
-    if "ttft" in parts:
-        for offloading in (False, True):
-            name = "transformers, offloaded cache" if offloading else "transformers, DynamicCache"
-            for ctx in contexts:
-                # Its attention at half our rate and no chunks: 15 s at 131,072 tokens (arithmetic).
-                layers = few if ctx == longest or (offloading and ctx > longest // 4) else every
-                if layers < every and (ctx, layers) not in bench.logits:
-                    add(f"ours {ctx}, {layers} layers", lambda ctx=ctx: bench.ours(ctx, few),
-                        bench.expected_s(ctx) / 4)  # fmt: skip
-                cost = 1.6 * bench.expected_s(ctx) * layers / every
-                add(f"{name} {ctx}", lambda ctx=ctx, offloading=offloading, layers=layers:
-                    bench.theirs(ctx, offloading, layers), cost)  # fmt: skip
-    if "card" in parts:
-        add(f"a card of {bench.card_gb:g} GB", lambda: bench.small_card(longest, "2048"),
-            bench.expected_s(longest))  # fmt: skip
-    if "profile" in parts:
-        few = min(PROFILED_LAYERS, every)
-        add("where the time goes", lambda: bench.profile(longest, few), bench.expected_s(longest) / 3)
-    if "whole" in parts:
-        add(
-            f"transformers, DynamicCache {longest}, all layers",
-            lambda: bench.theirs(longest, False, every),
-            90,
-        )
