@@ -57,9 +57,9 @@ class PrefillRun:
         self.on_progress, self.done = on_progress, 0
         self.backend = backend
         self.rows = torch.empty(0, device=device)  # one layer's [Hkv, total, row], made when first needed
-        self.places = torch.arange(
-            total, dtype=torch.int32, device=device
-        )  # where a chunk starts, on the GPU
+        # [total, 4]: row p holds position p, where a chunk may start. In GPU memory, so that no chunk copies
+        # its own there; 16 bytes a row, because Triton compiles a kernel again for another alignment.
+        self.places = torch.arange(total, dtype=torch.int32, device=device)[:, None].repeat(1, 4)
         self.pinned_wait_s = 0.0  # that the host waited for rows' memory
         self.writer = RowWriter(device)
         self.position = kept  # of the next chunk, within the layer at work
@@ -134,7 +134,7 @@ class PrefillRun:
         return out
 
     def _offload(self, cache: LayerCache, call: AttentionCall, span: slice) -> None:
-        cache.labels.write(call.key, cache.maps, self.places[span.start : span.start + 1], self.sequence)
+        cache.labels.write(call.key, cache.maps, self.places[span.start, :1], self.sequence)
         began = time.perf_counter()
         host = cache.host.rows  # may still be in the making
         self.pinned_wait_s += time.perf_counter() - began
