@@ -11,7 +11,7 @@ import triton.language as tl
 
 # Tiles by head_dim, (queries, keys, warps): q, two stages of k and v and the weights stay below the 99 KiB
 # that a block may have on sm_86, sm_89 and sm_120 (tests/aot_compile.py compiles and checks it).
-TILES = {64: (128, 64, 4), 128: (128, 32, 8), 256: (64, 32, 8)}
+TILES = {64: (128, 64, 8), 128: (128, 64, 8), 256: (64, 32, 8)}
 LARGEST_DIM = 256
 
 
