@@ -75,13 +75,12 @@ class OffloadedModel:
     ) -> "OffloadedModel":
         """Load a model by directory, hub name or GGUF file. `settings` are the fields of RuntimeConfig.
 
-        device: "auto" takes CUDA if there is any. dtype: default the checkpoint's
-        own on CUDA and float32 on CPU. rope_scaling: "yarn:4" for contexts past the
-        trained length. quantize: "bnb-4bit" or "torchao-int8", or give transformers' own
-        quantization_config. gguf_file: a GGUF file in the directory or repository.
-        Raises UserError or RunError in one line, before loading when the weights cannot
-        fit; the caches are planned when generate knows the prompt, and refused before
-        they are allocated (or shrunk, with fit=True).
+        device: "auto" takes CUDA. dtype: default the checkpoint's own on CUDA, float32 on CPU.
+        rope_scaling: "yarn:4" for contexts past the trained length. quantize: "bnb-4bit" or
+        "torchao-int8", or give transformers' own quantization_config. gguf_file: a GGUF file in
+        the directory or repository. Raises UserError or RunError in one line, before loading
+        when the weights cannot fit; the caches are planned when generate knows the prompt, and
+        refused before they are allocated (or shrunk, with fit=True).
         """
         config = make_config(with_choice(settings, name_or_path))
         place = choose_device(device)
