@@ -69,9 +69,7 @@ def run_both(selections, batch, kv_heads, capacity, n_slots, k_max, device):
         for run, resident in zip(kernels, residents, strict=True):
             resident.resolve(run, tokens, counts, step, i % 2)
             for name, expected in vars(reference).items():
-                assert torch.equal(getattr(resident, name), expected), (
-                    f"{run.__name__}: {name}, {i}"
-                )
+                assert torch.equal(getattr(resident, name), expected), f"{run.__name__}: {name}, {i}"
     return residents[-1]
 
 
