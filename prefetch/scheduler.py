@@ -120,11 +120,11 @@ class Prefetcher:
         predicted = index in self.predicted_layers
         if predicted and self.attend_predicted:
             selection = self.predictions[index % 2]
-            self._wait(self.done, index)
+            self._wait(self.done if self.on_gpu else {}, index)
         else:
             selection = self.selection
             if predicted:
-                self._wait(self.chosen, index)  # both choices change the token-to-slot map
+                self._wait(self.chosen if self.on_gpu else {}, index)  # both choices change the token-to-slot map
             cache.choose(query, scale, selection, self.work, TRUE)
             if predicted:
                 self._wait(self.done, index)  # a slot of a wrong prediction may be written a second time
