@@ -53,10 +53,11 @@ class Prefetcher:
         self.on_gpu = device.type == "cuda"
         if self.on_gpu:
             self.side_stream, self.copy_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
-            self.ready = {index: torch.cuda.Event() for index in caches}
-            self.chosen = {index: torch.cuda.Event() for index in caches}
-            self.done = {index: torch.cuda.Event() for index in caches}
-            self.fetched = {index: torch.cuda.Event() for index in caches}
+        timed = caches if self.on_gpu else ()  # a CPU has no events, and waits for none
+        self.ready = {index: torch.cuda.Event() for index in timed}
+        self.chosen = {index: torch.cuda.Event() for index in timed}
+        self.done = {index: torch.cuda.Event() for index in timed}
+        self.fetched = {index: torch.cuda.Event() for index in timed}
 
     def before_layer(self, index: int, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
         """Called with layer `index`'s input [B, 1, E]: start the prediction for the layer after it."""
@@ -120,11 +121,11 @@ class Prefetcher:
         predicted = index in self.predicted_layers
         if predicted and self.attend_predicted:
             selection = self.predictions[index % 2]
-            self._wait(self.done if self.on_gpu else {}, index)
+            self._wait(self.done, index)
         else:
             selection = self.selection
             if predicted:
-                self._wait(self.chosen if self.on_gpu else {}, index)  # both choices change the token-to-slot map
+                self._wait(self.chosen, index)  # both choices change the token-to-slot map
             cache.choose(query, scale, selection, self.work, TRUE)
             if predicted:
                 self._wait(self.done, index)  # a slot of a wrong prediction may be written a second time
