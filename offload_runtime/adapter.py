@@ -23,7 +23,7 @@ IMPLEMENTATION = "ds_offload"
 FINAL_NORMS = ("norm", "final_layernorm", "ln_f")  # names that transformers' decoders give it
 
 
-def unfilled_output(projection: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+def unfilled_output(projection: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """A stand-in for a projection whose output nobody reads: the right shape, no matrix product."""
     return lambda hidden: hidden.new_empty(*hidden.shape[:-1], projection.out_features)
 
@@ -191,7 +191,9 @@ class ModelAdapter:
         if kind is not None and kind != self.rotary_kinds[index - 1]:
             keywords = {**keywords, "position_embeddings": self.rotary_tables[kind]}
         attention.offload_handler = stop_at_query
-        unused = [getattr(attention, name) for name in ("k_proj", "v_proj") if hasattr(attention, name)]
+        projections = [getattr(attention, name, None) for name in ("k_proj", "v_proj")]
+        # nn.Linear and the packed forms of bitsandbytes and torchao say how wide their output is.
+        unused: list[Any] = [part for part in projections if hasattr(part, "out_features")]
         try:
             for projection in unused:
                 projection.forward = unfilled_output(projection)

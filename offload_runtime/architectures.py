@@ -114,20 +114,34 @@ def length_rotary(base: nn.Module, config: Any) -> LengthRotary | None:
     return LengthRotary(base.get_submodule("rotary_emb"), text)
 
 
+# Compute capabilities for which torch's grouped product stays on the GPU (GroupedBlas.cpp, use_fast_path:
+# H100, H200, B200); elsewhere it asks the GPU for the groups' sizes.
+GROUPED_ON_GPU = (9, 10)
+
+
 @contextmanager
 def capturable_experts(model: PreTrainedModel) -> Iterator[None]:
     """Let a mixture's experts run without waiting for the GPU, as a CUDA graph must.
 
-    torch's grouped product does so in bfloat16; in other types it asks the GPU for
-    the groups' sizes. transformers' batched product never does, at the price of a
-    copy of the visited experts' weights. For a few tokens a step, not for prefill.
+    torch's grouped product does so in bfloat16 on some GPUs; otherwise it, like
+    transformers' loop over experts, asks the GPU for the groups' sizes. transformers'
+    batched product never does, at the price of a copy of the visited experts' weights.
+    For a few tokens a step, not for prefill.
     """
-    grouped = getattr(model.config, "_experts_implementation", None) == "grouped_mm"
-    if not grouped or model.dtype == torch.bfloat16 or not type(model)._can_set_experts_implementation():
+    before: Any = getattr(model.config, "_experts_implementation", None)
+    waits = before == "eager" or (before == "grouped_mm" and not grouped_stays_on_gpu(model))
+    if not waits or not type(model)._can_set_experts_implementation():
         yield
         return
     model.set_experts_implementation("batched_mm")
     try:
         yield
     finally:
-        model.set_experts_implementation("grouped_mm")
+        model.set_experts_implementation(before)
+
+
+def grouped_stays_on_gpu(model: PreTrainedModel) -> bool:
+    if model.dtype != torch.bfloat16:
+        return False
+    on_gpu = model.device.type == "cuda"
+    return not on_gpu or torch.cuda.get_device_capability(model.device)[0] in GROUPED_ON_GPU

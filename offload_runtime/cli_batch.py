@@ -83,6 +83,9 @@ def batch(
     revision: opt.Revision = None,
     token: opt.Token = None,
     trust_remote_code: opt.TrustRemoteCode = False,
+    rope_scaling: opt.RopeScaling = None,
+    quantize: opt.Quantize = None,
+    gguf_file: opt.GgufFile = None,
 ) -> None:
     """Answer one prompt about every document; one JSON line each."""
     start(dict(locals()), "refuse")
@@ -131,6 +134,9 @@ def summarize(
     revision: opt.Revision = None,
     token: opt.Token = None,
     trust_remote_code: opt.TrustRemoteCode = False,
+    rope_scaling: opt.RopeScaling = None,
+    quantize: opt.Quantize = None,
+    gguf_file: opt.GgufFile = None,
 ) -> None:
     """Summarise every document; long ones part by part. One JSON line each."""
     start(dict(locals()), "map-reduce")

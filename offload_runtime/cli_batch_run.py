@@ -35,6 +35,7 @@ from .planner import require
 
 TERMINATED = 143  # 128 + SIGTERM
 COMPRESSED = (".pdf", ".docx")  # their text may have more bytes than the file
+WEIGHT_FORMS = ("rope_scaling", "quantize", "gguf_file")  # options that make another model of the same name
 PROMPT_SLACK = 1024  # tokens for a chat template around the prompt, when bounding a prompt's length
 
 
@@ -129,6 +130,7 @@ def make_job(request: BatchRequest, config: RuntimeConfig, chat: bool) -> Job:
             "model": source.name_or_path,
             "revision": source.revision,
             "dtype": source.dtype,
+            **{name: value for name in WEIGHT_FORMS if (value := getattr(source, name)) is not None},
             "chat": chat,
             "sampling": request.sampling,
             "calibration_sha256": calibration_digest(source, config),

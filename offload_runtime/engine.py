@@ -24,6 +24,7 @@ from .model_check import load_config
 from .session import Session, calibration_from_prompt
 from .snapshot import Snapshot, save
 from .stats import collect, memory
+from .weights import weight_bytes
 
 CALIBRATION_FILE = "calibration.safetensors"  # looked for in the model's directory
 LOAD_ROOM_TOKENS = 1024  # a question and its answer after a loaded document
@@ -72,17 +73,18 @@ class OffloadedModel:
         trust_remote_code: bool = False,
         rope_scaling: str | None = None,
         quantize: str | None = None,
+        quantization_config: Any = None,
         gguf_file: str | None = None,
         **settings: Any,
     ) -> "OffloadedModel":
         """Load a model by directory, hub name or GGUF file. `settings` are the fields of RuntimeConfig.
 
-        device: "auto" takes CUDA if there is any. dtype: default the checkpoint's
-        own on CUDA and float32 on CPU. rope_scaling: "yarn:4" for contexts past the
-        trained length. quantize: "bnb-4bit" or "torchao-int8". gguf_file: a GGUF file
-        in the directory or repository. Raises UserError or RunError in one line, before
-        loading when the weights cannot fit; the caches are planned when generate knows
-        the prompt, and refused before they are allocated (or shrunk, with fit=True).
+        device: "auto" takes CUDA. dtype: default the checkpoint's own on CUDA, float32 on CPU.
+        rope_scaling: "yarn:4" for contexts past the trained length. quantize: "bnb-4bit" or
+        "torchao-int8", or give transformers' own quantization_config. gguf_file: a GGUF file in
+        the directory or repository. Raises UserError or RunError in one line, before loading
+        when the weights cannot fit; the caches are planned when generate knows the prompt, and
+        refused before they are allocated (or shrunk, with fit=True).
         """
         config = make_config(with_choice(settings, name_or_path))
         place = choose_device(device)
@@ -90,11 +92,11 @@ class OffloadedModel:
         source = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
         # Remote code's sizes are known only by running it, a GGUF file's and quantised ones by loading.
         gguf = gguf_file or str(name_or_path).endswith(".gguf")
-        if not (trust_remote_code or quantize or gguf):
+        if not (trust_remote_code or quantize or quantization_config or gguf):
             require_weights(load_config(str(name_or_path), revision, token), config, place, dtype)
         model = load_model(
             name_or_path, place, dtype=dtype, rope_scaling=rope_scaling, quantize=quantize,
-            gguf_file=gguf_file, **source,
+            quantization_config=quantization_config, gguf_file=gguf_file, **source,
         )  # fmt: skip
         file = Path(name_or_path) / CALIBRATION_FILE
         # A stretched model has other keys than the one that the file in its directory is for.
@@ -206,7 +208,6 @@ class OffloadedModel:
         session = loop.session
         assert session is not None
         prefetcher = session.prefetcher
-        weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
         cached = sum(len(ids) for ids in session.cached_ids)
         audit = {} if session.audit is None else {"audit": session.audit.figures()}
         return {
@@ -223,10 +224,11 @@ class OffloadedModel:
             **memory(
                 session.layout,
                 session.config.placement == "gpu",
-                weight_bytes,
+                weight_bytes(self.model),
                 loop.prefill_peak_bytes,
                 loop.decode_peak_bytes,
             ),
+            "cuda_graph": session.decoder.graph is not None,
             **audit,
         }
 

@@ -17,12 +17,13 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.quantizers import AutoHfQuantizer
 
 from .errors import RunError, UserError
 from .model_check import check_config, first_line, load_config
 
-# --quantize: (package it needs, bits a weight)
-QUANTISERS = {"bnb-4bit": ("bitsandbytes", 4), "torchao-int8": ("torchao", 8)}
+# --quantize: (package it needs, bits a weight; bitsandbytes keeps a float32 scale of every 64)
+QUANTISERS = {"bnb-4bit": ("bitsandbytes", 4.5), "torchao-int8": ("torchao", 8)}
 ROPE_SCALINGS = ("yarn", "linear")  # those that need no more than a factor and do not change with length
 
 
@@ -61,10 +62,14 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     rope_scaling: str | None = None,
     quantize: str | None = None,
+    quantization_config: Any = None,
     gguf_file: str | None = None,
     **hub: Any,
 ) -> PreTrainedModel:
-    """The model on `place`. dtype: default the checkpoint's own on CUDA and float32 on CPU."""
+    """The model on `place`. dtype: default the checkpoint's own on CUDA and float32 on CPU.
+
+    quantization_config: one of transformers' own, instead of a name in quantize.
+    """
     config = read_config(name_or_path, gguf_file, **hub)
     check_config(config)
     if rope_scaling is not None:
@@ -73,10 +78,13 @@ def load_model(
     if dtype is None:
         dtype = (config.dtype if gguf else "auto") if place.type == "cuda" else torch.float32
     options: dict[str, Any] = {"config": config, "dtype": dtype, **hub, **gguf}
-    quantised = quantize is not None or getattr(config, "quantization_config", None) is not None
     if quantize is not None:
-        options["quantization_config"] = quantisation(quantize, config)
+        quantization_config = quantisation(quantize, config, compute_type(dtype, config))
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    quantised = quantization_config is not None or getattr(config, "quantization_config", None) is not None
     if quantised:
+        check_quantisation(config)
         options["device_map"] = {"": place}  # packed weights are made where they stay
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
@@ -120,8 +128,8 @@ def scale_rope(config: PretrainedConfig, wanted: str) -> str:
     )
 
 
-def quantisation(wanted: str, config: PretrainedConfig) -> Any:
-    """transformers' quantization config for "bnb-4bit" or "torchao-int8"."""
+def quantisation(wanted: str, config: PretrainedConfig, compute: torch.dtype = torch.bfloat16) -> Any:
+    """transformers' quantization config for "bnb-4bit" or "torchao-int8". compute: type of the products."""
     if wanted not in QUANTISERS:
         raise UserError(f"quantize is {wanted!r}; choose one of {', '.join(QUANTISERS)}")
     if getattr(config, "quantization_config", None) is not None:
@@ -129,12 +137,37 @@ def quantisation(wanted: str, config: PretrainedConfig) -> Any:
     require_package(QUANTISERS[wanted][0], f"for quantize {wanted}")
     if wanted == "bnb-4bit":
         return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
         )
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
     return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def compute_type(dtype: str | torch.dtype | None, config: PretrainedConfig) -> torch.dtype:
+    """The type that products with packed weights are made in: the model's."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    named: str | torch.dtype | None = config.dtype if dtype in (None, "auto") else dtype
+    if isinstance(named, str):
+        named = getattr(torch, named)
+    return named if isinstance(named, torch.dtype) else torch.bfloat16
+
+
+def check_quantisation(config: PretrainedConfig) -> None:
+    """UserError when a checkpoint is quantised in a way that transformers does not know.
+
+    It would warn and take the packed numbers for weights. Missing packages it names itself.
+    """
+    require_package("accelerate", "to load quantised weights")
+    own = getattr(config, "quantization_config", None) or {}
+    fields = own if isinstance(own, dict) else own.to_dict()
+    if "quant_method" in fields and not AutoHfQuantizer.supports_quant_method(fields):
+        raise UserError(
+            f"this checkpoint is quantised with {fields['quant_method']!r}, which this version of "
+            "transformers does not read; take another checkpoint of the model"
+        )
 
 
 def require_package(name: str, purpose: str) -> None:

@@ -1,6 +1,7 @@
 """What a model's config says before its weights load: its shape, and whether the runtime can decode it."""
 
 import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def load_config(
             trust_remote_code=trust_remote_code,
             **({} if gguf_file is None else {"gguf_file": gguf_file}),
         )
-    except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, IndexError, NotImplementedError, struct.error) as error:
         file = name_or_path if gguf_file is None else f"{name_or_path}/{gguf_file}"
         raise UserError(f"cannot read the config of model {file}: {first_line(error)}") from error
     assert isinstance(config, PretrainedConfig)

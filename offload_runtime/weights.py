@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from .errors import UserError
@@ -13,15 +14,20 @@ from .model_check import first_line
 class Weights:
     """Parameter counts. active: those that one token uses (fewer in a mixture of experts).
 
-    bits: of one quantised parameter, None for weights in the model's dtype.
+    kept: parameters that quantisers leave in the model's dtype: embeddings, the
+    output projection, norms and biases. bits: of each other one when quantised, scales
+    included; None for weights in the model's dtype.
     """
 
     total: int
     active: int
-    bits: int | None = None
+    kept: int = 0
+    bits: float | None = None
 
     def bytes_in(self, dtype: torch.dtype) -> int:
-        return self.total * dtype.itemsize if self.bits is None else self.total * self.bits // 8
+        if self.bits is None:
+            return self.total * dtype.itemsize
+        return self.kept * dtype.itemsize + int((self.total - self.kept) * self.bits / 8)
 
     def active_bytes_in(self, dtype: torch.dtype) -> int:
         return self.bytes_in(dtype) * self.active // self.total
@@ -35,12 +41,15 @@ def count_weights(config: PretrainedConfig) -> Weights:
     except (ValueError, TypeError, ImportError) as error:
         reason = first_line(error)
         raise UserError(f"cannot build a model of type {config.model_type!r}: {reason}") from error
-    total = active = 0
+    total = active = kept = 0
     share = expert_share(config)
+    outer = [part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part]
     for name, parameter in model.named_parameters():
         total += parameter.numel()
+        if parameter.dim() < 2 or any(parameter is weight for weight in outer):
+            kept += parameter.numel()
         active += int(parameter.numel() * share) if ".experts." in name else parameter.numel()
-    return Weights(total, active, quantised_bits(config))
+    return Weights(total, active, kept, quantised_bits(config))
 
 
 def expert_share(config: PretrainedConfig) -> float:
@@ -54,12 +63,25 @@ def expert_share(config: PretrainedConfig) -> float:
     return visited / experts if experts and visited else 1.0
 
 
-def quantised_bits(config: PretrainedConfig) -> int | None:
+def quantised_bits(config: PretrainedConfig) -> float | None:
     """Bits of a quantised checkpoint's parameters as its config says; None when it is not quantised."""
     quantisation = getattr(config, "quantization_config", None)
     if not quantisation:
         return None
     fields = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
     if fields.get("load_in_4bit") or fields.get("quant_method") == "mxfp4":
-        return 4
-    return int(fields.get("bits") or fields.get("w_bit") or 8)
+        return 4.5  # 4 bits and a scale: 32 bits of every 64 weights, 8 of every 32 in mxfp4
+    return float(fields.get("bits") or fields.get("w_bit") or 8)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a loaded model's parameters, packed ones with their scales."""
+    return sum(parameter_bytes(parameter) for parameter in model.parameters())
+
+
+def parameter_bytes(parameter: torch.Tensor) -> int:
+    if hasattr(parameter, "__tensor_flatten__"):  # torchao: a tensor made of tensors
+        names, _ = parameter.__tensor_flatten__()
+        return sum(parameter_bytes(getattr(parameter, name)) for name in names)
+    scales = getattr(getattr(parameter, "quant_state", None), "absmax", None)  # bitsandbytes
+    return parameter.nbytes + (0 if scales is None else scales.nbytes)

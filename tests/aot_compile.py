@@ -18,6 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from offload_runtime.kernels.masked_prefill import TILES
+
 
 @dataclass(frozen=True)
 class Case:
@@ -27,6 +29,7 @@ class Case:
     constants: dict  # argument -> compile-time value
     wide: bool = False  # its loads must be 16 bytes a thread
     num_warps: int = 4
+    num_stages: int = 3  # Triton's default
 
 
 def append(dtype: str, dim: int, dim_pad: int) -> Case:
@@ -102,7 +105,23 @@ def merge(dtype: str, dim: int, dim_pad: int) -> Case:
     return Case("merge_attention", "_merge_kernel", pointers, {"DIM": dim, "DIM_PAD": dim_pad, "BLOCK": 32})
 
 
+def masked_prefill(dtype: str, dim: int, dim_pad: int, window: bool) -> Case:
+    pointers = {"query": f"*{dtype}", "rows": f"*{dtype}", "out": f"*{dtype}", "lse": "*fp32"}
+    pointers |= {"scale": "fp32", "softcap": "fp32"}
+    block_m, block_n, num_warps = TILES[max(dim_pad, 64)]
+    sizes = {"HEADS": 16, "GROUP": 2, "DIM": dim, "DIM_PAD": dim_pad, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    sizes |= {"WINDOW": window, "SOFTCAP": True, "UPCAST": False}
+    return Case(
+        "masked_prefill", "_masked_prefill_kernel", pointers, sizes, num_warps=num_warps, num_stages=2
+    )
+
+
 CASES = [
+    masked_prefill("bf16", 64, 64, window=False),
+    masked_prefill("fp16", 80, 128, window=True),
+    masked_prefill("bf16", 128, 128, window=True),
+    masked_prefill("bf16", 256, 256, window=False),
+    masked_prefill("bf16", 256, 256, window=True),
     merge("bf16", 128, 128),
     merge("fp16", 80, 128),
     append("bf16", 128, 128),
@@ -136,7 +155,7 @@ def _empty_kernel(x):
     pass
 
 
-def compile_kernel(fn, types: dict, constants: dict, arch: int, num_warps: int):
+def compile_kernel(fn, types: dict, constants: dict, arch: int, num_warps: int, num_stages: int = 3):
     signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in fn.arg_names}
     aligned = [a for a in fn.arg_names if signature[a].startswith("*") or a not in types | constants]
     source = ASTSource(
@@ -145,12 +164,14 @@ def compile_kernel(fn, types: dict, constants: dict, arch: int, num_warps: int):
         constexprs={(fn.arg_names.index(a),): value for a, value in constants.items()},
         attrs={(fn.arg_names.index(a),): [["tt.divisibility", 16]] for a in aligned},
     )
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
+    return triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps, "num_stages": num_stages}
+    )
 
 
 def check(case: Case, arch: int) -> None:
     fn = getattr(importlib.import_module(f"offload_runtime.kernels.{case.module}"), case.kernel)
-    kernel = compile_kernel(fn, case.types, case.constants, arch, case.num_warps)
+    kernel = compile_kernel(fn, case.types, case.constants, arch, case.num_warps, case.num_stages)
     wide_load = r"ld\.global\S*\.v4\.b32|cp\.async\.cg"  # cp.async.cg exists at 16 bytes only
     if case.wide and not re.search(wide_load, kernel.asm["ptx"]):
         raise AssertionError("no 16-byte loads in its PTX")

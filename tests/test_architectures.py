@@ -39,6 +39,7 @@ def test_correct_prefetch_equals_off_bit_for_bit(device, name):
     runtime = offloaded(model, prefetch="correct", **settings)
     _, correct = logits_of(runtime.generate, ids, 8)
     assert torch.equal(off, correct)
+    assert runtime.stats["cuda_graph"] == (device == "cuda")
     _, dense = logits_of(offloaded(model, budget="1/1").generate, ids, 8)
     offloads = any(layer["selected"] for layer in runtime.stats["layers"])
     assert torch.allclose(dense, correct, atol=1e-4) != offloads  # a budget of 12 is felt wherever it applies

@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -85,6 +86,43 @@ def test_gguf_that_cannot_be_read(tmp_path):
     fails(tmp_path, "there is no file absent.gguf in", gguf_file="absent.gguf")
     (tmp_path / "noise.gguf").write_bytes(b"no GGUF file at all")
     fails(tmp_path / "noise.gguf", "cannot read the config of model .*noise.gguf")
+    (tmp_path / "empty.gguf").touch()
+    fails(tmp_path / "empty.gguf", "cannot read the config of model .*empty.gguf")
+
+
+def tiny_gguf(path: Path, kind: int | None = None) -> Path:
+    """A GGUF file of one embedding; kind: the number that it gives for the tensor's packing."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_embedding_length(32)
+    writer.add_head_count(2)
+    writer.add_feed_forward_length(64)
+    writer.add_context_length(128)
+    writer.add_tensor("token_embd.weight", np.zeros((64, 32), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if kind is not None:
+        data = bytearray(path.read_bytes())
+        place = data.index(b"token_embd.weight") + len("token_embd.weight") + 4 + 2 * 8  # after its two sizes
+        data[place : place + 4] = kind.to_bytes(4, "little")
+        path.write_bytes(data)
+    return path
+
+
+def test_gguf_of_a_packing_that_is_not_read(tmp_path):
+    """Q8_1 has no unpacking in the gguf package, 99 no name."""
+    fails(tiny_gguf(tmp_path / "a.gguf", 99), "cannot read the config of model .*99")
+    fails(tiny_gguf(tmp_path / "b.gguf", 9), "cannot (load|read the config of) model .*(Q8_1|gguf)")
+
+
+def test_gguf_cut_short(tmp_path):
+    data = tiny_gguf(tmp_path / "whole.gguf").read_bytes()
+    for size in (10, 70, 200, len(data) - 100):
+        (tmp_path / "cut.gguf").write_bytes(data[:size])
+        fails(tmp_path / "cut.gguf", "cannot (load|read the config of) model .*cut.gguf")
 
 
 def test_gguf_of_an_architecture_that_transformers_does_not_read(tmp_path):
