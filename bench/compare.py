@@ -26,8 +26,9 @@ from offload_runtime.weights import count_weights
 
 # Settling: the eager and the captured step, and the resident set's way to its steady state.
 SETTLE_STEPS, SETTLE_STEPS_STICKY = 8, 16
-# Slow baselines stop earlier: at 8B and 262,144 tokens a streaming step takes 0.7 s, an offloaded one 4 to 6 s.
+# Slow baselines stop earlier: at 8B, 262,144 tokens, a streaming step takes 0.7 s, an offloaded one 4 to 6 s.
 MOST_STEPS = {"dense": 50, "streaming": 5, "hf-dense": 20, "hf-offloaded": 2}
+NAMED = ("shape", "ctx", "batch", "what", "budget", "prefetch", "new_rows", "resident", "locality")
 HOST_SPARE_BYTES = 4 << 30  # left to the system when pinned memory is planned
 
 Say = Callable[[str], None]
@@ -256,8 +257,8 @@ class Comparison:
 def empty_row(shape: str, ctx: int, batch: int, what: str) -> dict[str, Any]:
     """Every field of a row; None where it does not apply."""
     figures = (
-        "budget", "budget_tokens", "prefetch", "new_rows", "resident", "locality", "steps", "tpot_ms", "p20_ms",
-        "p80_ms", "tokens_per_s", "vs_dense", "vs_streaming", "vs_hf_offloaded", "moved_gb", "link_gb_s",
+        "budget", "budget_tokens", "prefetch", "new_rows", "resident", "locality", "steps", "tpot_ms",
+        "p20_ms", "p80_ms", "tokens_per_s", "vs_dense", "vs_streaming", "vs_hf_offloaded", "moved_gb", "link_gb_s",
         "link_percent", "hit_rate", "prediction_recall", "target_overlap", "target_recall", "gpu_gb",
         "pinned_gb", "graph", "error",
     )  # fmt: skip

@@ -16,6 +16,7 @@ from offload_runtime.session import Session
 FILL_TOKENS = 8192  # random keys labelled at a time
 TOKEN_IDS = 256  # token ids are drawn below this: every shape's vocabulary has them
 BISECTIONS = 12  # halvings of [0, 1]: a cosine to 0.0003
+PAIRS = 8  # of queries that are tried: single pairs share 0.1 more or less than the mean
 
 
 class DrivenSession(Session):
@@ -102,20 +103,21 @@ class DrivenSession(Session):
 
     def _cosine_for(self, overlap: float) -> float:
         """The cosine of two random queries whose exact selections share `overlap` of their tokens."""
-        first, noise = torch.randn_like(self.queries[0]), torch.randn_like(self.queries[0])
+        pairs = [(torch.randn_like(self.queries[0]), torch.randn_like(self.queries[0])) for _ in range(PAIRS)]
+        firsts = [self._exact_selection(first) for first, _ in pairs]
         low, high = 0.0, 1.0
-        kept = self._exact_selection(first)
         for _ in range(BISECTIONS):
             cosine = (low + high) / 2
-            other = self._exact_selection(moved(first, noise, cosine))
-            shared = float((kept & other).sum() / kept.sum())
+            others = [self._exact_selection(moved(first, noise, cosine)) for first, noise in pairs]
+            shared = sum(float((a & b).sum()) for a, b in zip(firsts, others, strict=True))
+            shared /= sum(float(a.sum()) for a in firsts)
             low, high = (cosine, high) if shared < overlap else (low, cosine)
         return (low + high) / 2
 
     def _exact_selection(self, query: torch.Tensor) -> torch.Tensor:
         """Which tokens of layer 0 a query [B, Hq, D] selects: [B, Hkv, N] bool."""
         cache, selection = self.offloaded[0], self.prefetcher.selection
-        cache.resident.clear()  # no step passes between these selections, so none of their slots would be free
+        cache.resident.clear()  # no step passes between them: no slot would be free
         previous, cache.previous = cache.previous, None  # sticky selection aside
         cache.choose(query, self.layout.head_dim**-0.5, selection, self.prefetcher.work, TRUE)
         cache.previous = previous

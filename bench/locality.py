@@ -5,6 +5,7 @@ itself (its labels, its selection), and every layer's selections are compared fr
 """
 
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Watch:
             (old, new)
             for (_, phase), steps in self.chosen.items()
             if phase == TRUE
-            for old, new in zip(steps[:-1], steps[1:], strict=True)
+            for old, new in pairwise(steps)
         ]
         return self._share(pairs, count)
 

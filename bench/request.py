@@ -12,14 +12,14 @@ from offload_runtime.errors import UserError
 BASELINES = ("dense", "streaming", "hf-dense", "hf-offloaded")
 SMALLEST_CTX = 256  # tokens: sinks, recent ones, and something to select from
 DEFAULTS = {
-    "shape": "llama-3.1-8b", "ctx": "262144", "budget": "2048,1/16", "batch": "1", "prefetch": "correct,predict,off",
-    "new_rows": "2048", "resident": "on,off", "locality": "no,measured", "baselines": ",".join(BASELINES),
+    "shape": "llama-3.1-8b", "ctx": "262144", "budget": "2048,1/16", "batch": "1",
+    "prefetch": "correct,predict,off", "new_rows": "2048", "resident": "on,off", "locality": "no,measured", "baselines": ",".join(BASELINES),
     "steps": 50,
 }  # fmt: skip
 # Seconds on two CPU cores.
 QUICK = {
-    "shape": "tiny", "ctx": "1024", "budget": "128", "batch": "1", "prefetch": "correct,predict,off",
-    "new_rows": "16", "resident": "on,off", "locality": "no,measured", "baselines": ",".join(BASELINES),
+    "shape": "tiny", "ctx": "1024", "budget": "128", "batch": "1",
+    "prefetch": "correct,predict,off", "new_rows": "16", "resident": "on,off", "locality": "no,measured", "baselines": ",".join(BASELINES),
     "steps": 3,
 }  # fmt: skip
 
@@ -105,9 +105,7 @@ def make_request(given: dict[str, Any], quick: bool, device: str) -> Request:
         for setting in request.settings(ctx):
             setting.config(ctx)
         if 4 * request.steps > ctx:
-            raise UserError(
-                f"--steps {request.steps} is too many for --ctx {ctx}; ask for a quarter of it at most"
-            )
+            raise UserError(f"--steps {request.steps} is too many for --ctx {ctx}; at most a quarter of it")
     if text is not None and not text.is_file():
         raise UserError(f"--text {text} is not a file")
     for model in models:

@@ -23,9 +23,7 @@ LOG_COLUMNS = 200  # of a table that goes to a file or a pipe
 def bench(
     shape: Annotated[
         str | None,
-        typer.Option(
-            help="llama-3.1-8b, llama-2-7b, qwen2.5-7b, mixtral-8x7b, tiny. [default: llama-3.1-8b]"
-        ),
+        typer.Option(help="llama-3.1-8b (default), llama-2-7b, qwen2.5-7b, mixtral-8x7b, tiny."),
     ] = None,
     ctx: Annotated[str | None, typer.Option(help="Contexts, such as 32768,262144. [default: 262144]")] = None,
     budget: Annotated[
@@ -37,9 +35,7 @@ def bench(
     ] = None,
     new_rows: Annotated[
         str | None,
-        typer.Option(
-            help="Sticky selections beside exact ones: rows or parts of a budget, or none. [default: 2048]"
-        ),
+        typer.Option(help="Sticky selections besides: rows or parts of a budget, or none. [default: 2048]"),
     ] = None,
     resident: Annotated[
         str | None,
@@ -47,9 +43,7 @@ def bench(
     ] = None,
     locality: Annotated[
         str | None,
-        typer.Option(
-            help="no: random selections; measured: they overlap as a real model's. [default: no,measured]"
-        ),
+        typer.Option(help="no: random; measured: overlaps as a real model's. [default: no,measured]"),
     ] = None,
     baselines: Annotated[
         str | None, typer.Option(help="dense, streaming, hf-dense, hf-offloaded, or none. [default: all]")
@@ -59,9 +53,7 @@ def bench(
     ] = None,
     locality_model: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="A model directory to measure locality on beside the embedded one; may be repeated."
-        ),
+        typer.Option(help="A model directory whose locality is printed too; may be repeated."),
     ] = None,
     text: Annotated[
         Path | None, typer.Option(help="A UTF-8 text to measure locality on. [default: 64 KB that ship here]")
