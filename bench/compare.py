@@ -257,10 +257,10 @@ class Comparison:
 def empty_row(shape: str, ctx: int, batch: int, what: str) -> dict[str, Any]:
     """Every field of a row; None where it does not apply."""
     figures = (
-        "budget", "budget_tokens", "prefetch", "new_rows", "resident", "locality", "steps", "tpot_ms",
-        "p20_ms", "p80_ms", "tokens_per_s", "vs_dense", "vs_streaming", "vs_hf_offloaded", "moved_gb", "link_gb_s",
-        "link_percent", "hit_rate", "prediction_recall", "target_overlap", "target_recall", "gpu_gb",
-        "pinned_gb", "graph", "error",
+        "budget", "budget_tokens", "prefetch", "new_rows", "resident", "locality", "steps",
+        "tpot_ms", "p20_ms", "p80_ms", "tokens_per_s", "vs_dense", "vs_streaming",
+        "vs_hf_offloaded", "moved_gb", "link_gb_s", "link_percent", "hit_rate", "prediction_recall",
+        "target_overlap", "target_recall", "gpu_gb", "pinned_gb", "graph", "error",
     )  # fmt: skip
     return {"what": what, "shape": shape, "ctx": ctx, "batch": batch} | dict.fromkeys(figures)
 

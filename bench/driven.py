@@ -99,7 +99,7 @@ class DrivenSession(Session):
             query = self.guesses[index] if phase == PREDICTED else self.queries[index]
             plain(query, scale, selection, work, phase)
 
-        cache.choose = choose  # type: ignore[method-assign]
+        cache.choose = choose  # type: ignore[method-assign, assignment]
 
     def _cosine_for(self, overlap: float) -> float:
         """The cosine of two random queries whose exact selections share `overlap` of their tokens."""

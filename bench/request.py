@@ -11,17 +11,20 @@ from offload_runtime.errors import UserError
 
 BASELINES = ("dense", "streaming", "hf-dense", "hf-offloaded")
 SMALLEST_CTX = 256  # tokens: sinks, recent ones, and something to select from
-DEFAULTS = {
-    "shape": "llama-3.1-8b", "ctx": "262144", "budget": "2048,1/16", "batch": "1",
-    "prefetch": "correct,predict,off", "new_rows": "2048", "resident": "on,off", "locality": "no,measured", "baselines": ",".join(BASELINES),
+DEFAULTS: dict[str, Any] = {
+    "shape": "llama-3.1-8b",
+    "ctx": "262144",
+    "budget": "2048,1/16",
+    "batch": "1",
+    "prefetch": "correct,predict,off",
+    "new_rows": "2048",
+    "resident": "on,off",
+    "locality": "no,measured",
+    "baselines": ",".join(BASELINES),
     "steps": 50,
-}  # fmt: skip
+}
 # Seconds on two CPU cores.
-QUICK = {
-    "shape": "tiny", "ctx": "1024", "budget": "128", "batch": "1",
-    "prefetch": "correct,predict,off", "new_rows": "16", "resident": "on,off", "locality": "no,measured", "baselines": ",".join(BASELINES),
-    "steps": 3,
-}  # fmt: skip
+QUICK = {**DEFAULTS, "shape": "tiny", "ctx": "1024", "budget": "128", "new_rows": "16", "steps": 3}
 
 
 @dataclass(frozen=True)
