@@ -8,6 +8,7 @@ from offload_runtime.adapter import ModelAdapter
 from offload_runtime.bench.host_store import HandedOut, HostStore
 from offload_runtime.bench.timing import step_ms
 from offload_runtime.cache.layer_cache import PREDICTED, TRUE, LayerCache
+from offload_runtime.cache.window_cache import WindowCache
 from offload_runtime.calibration import Calibration
 from offload_runtime.config import DEFAULT_LABEL_CHANNELS, RuntimeConfig
 from offload_runtime.kernels.residency import FROM_PREDICTION, HITS, SELECTED
@@ -31,10 +32,7 @@ class DrivenSession(Session):
         self, adapter: ModelAdapter, config: RuntimeConfig, batch: int, store: HostStore | None = None
     ) -> None:
         shape = (batch, adapter.kv_heads, config.ctx, 2 * adapter.head_dim)
-        if store is None:
-            elements = torch.Size(shape).numel()
-            store = HostStore(len(adapter.layers), elements, adapter.dtype, adapter.device)
-        self.handed_out: Any = HandedOut(store, shape)
+        self.handed_out: Any = None if store is None else HandedOut(store, shape)
         super().__init__(adapter, config, unit_calibration(adapter), batch, config.ctx)
         layout, device = self.layout, adapter.device
         self.driven = False
@@ -46,13 +44,15 @@ class DrivenSession(Session):
         self.guesses = self.queries.clone()
         self._fill()
 
-    def _make_cache(self, window: int) -> LayerCache:
+    def _make_cache(self, window: int) -> LayerCache | WindowCache:
         assert not window, "no shape of the benchmark has sliding layers"
+        if self.handed_out is None:
+            return super()._make_cache(window)
         device = self.adapter.device
         return LayerCache(self.layout, self.state, device, self.config.new_rows, self.handed_out)
 
     def _fill(self) -> None:
-        """Labels of random keys for every token."""
+        """Labels of random keys for every token, and rows where no store has them."""
         layout, device = self.layout, self.adapter.device
         for cache in self.offloaded.values():
             for start in range(0, layout.capacity, FILL_TOKENS):
@@ -62,6 +62,9 @@ class DrivenSession(Session):
                 )
                 starts = torch.full((layout.batch,), start, dtype=torch.int32, device=device)
                 cache.labels.write(keys, cache.maps, starts)
+                if self.handed_out is None:
+                    rows = torch.cat([keys, keys], -1)  # [B, Hkv, T, 2 D]
+                    cache.host.rows[:, :, start : start + count].copy_(rows)
 
     def restart(self, steps: int) -> None:
         """Nothing resident and nothing counted; lengths such that `steps` more tokens fill the context."""

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from offload_runtime import RuntimeConfig
+from offload_runtime.adapter import ModelAdapter
 from offload_runtime.bench.baselines import dense_times
 from offload_runtime.bench.driven import DrivenSession
 from offload_runtime.bench.rows import Rows
-from offload_runtime import RuntimeConfig
-from offload_runtime.adapter import ModelAdapter
 from offload_runtime.cache.layer_cache import TRUE
 from offload_runtime.cli_plan import rates_here
 from offload_runtime.kernels.residency import FROM_PREDICTION, SELECTED
