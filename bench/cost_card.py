@@ -6,10 +6,9 @@ from typing import Any
 import torch
 
 from offload_runtime.adapter import ModelAdapter
-from offload_runtime.bench.driven import unit_calibration
 from offload_runtime.bench.timing import hbm_copy_gb_s, hbm_read_gb_s, pinned_copy_gb_s
-from offload_runtime.config import RuntimeConfig
-from offload_runtime.session import make_layout
+from offload_runtime.config import DEFAULT_LABEL_CHANNELS, RuntimeConfig
+from offload_runtime.layouts import make_layout
 from offload_runtime.weights import expert_share
 
 GB = 1e9
@@ -49,11 +48,13 @@ def cost_card(
 
     The floor of a step is the longer of its HBM bytes and its link bytes, each at its ceiling.
     """
-    weights, calibration = weight_bytes(adapter), unit_calibration(adapter)
+    weights = weight_bytes(adapter)
     lines = []
     kv_bytes = 0
     for budget in budgets:
-        layout = make_layout(adapter, RuntimeConfig(ctx=ctx, budget=budget), calibration, batch, ctx)
+        layout = make_layout(
+            adapter.shape, RuntimeConfig(ctx=ctx, budget=budget), DEFAULT_LABEL_CHANNELS, batch, ctx
+        )
         kv_bytes = layout.layers * layout.host_bytes
         rows = layout.layers * layout.heads * layout.budget * layout.row_bytes
         labels = layout.layers * layout.label_bytes

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from offload_runtime import RuntimeConfig
 from offload_runtime.adapter import ModelAdapter
 from offload_runtime.bench.baselines import dense_times
 from offload_runtime.bench.driven import DrivenSession
 from offload_runtime.bench.rows import Rows
 from offload_runtime.cache.layer_cache import TRUE
 from offload_runtime.cli_plan import rates_here
+from offload_runtime.config import RuntimeConfig
 from offload_runtime.kernels.residency import FROM_PREDICTION, SELECTED
 from offload_runtime.memory import FreeMemory
 from offload_runtime.planner import make_plan
@@ -60,7 +60,7 @@ class TimesOfPlan:
             before = session.counted()["fetched"]
             measured = statistics.median(session.timed_step() for _ in range(STEPS))
             moved = (session.counted()["fetched"] - before) * session.layout.row_bytes / STEPS
-            counters = torch.stack([cache.counters for cache in session.caches])[:, TRUE].sum(0)
+            counters = torch.stack([cache.counters for cache in session.offloaded.values()])[:, TRUE].sum(0)
             layout = session.layout
         finally:
             session.close()
