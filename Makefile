@@ -21,4 +21,4 @@ check:
 
 bench:
 	$(RUN) -m bench.ops
-	$(RUN) -m bench.decode --out bench/results/decode.json
+	$(RUN) -m offload_runtime bench --out bench/results/decode.json

@@ -1,64 +1,74 @@
-"""What ours is compared with: a dense decode with all KV on the GPU, and a streaming offload.
+"""What ours is compared with, each the best simple version of itself, with random cache contents.
 
-Both run transformers' layers as they are and PyTorch's flash attention, which
-splits the keys for one query token. Cache contents are random.
+dense: all KV on the GPU, flash decode, the whole step in a CUDA graph: the limit of any exact decode.
+streaming: each layer's whole KV over the link, double-buffered, flash decode: FlexGen's idea, perfect.
+hf-dense, hf-offloaded: transformers' DynamicCache as users call it, with and without offloading.
+
+dense and streaming get the fused norms and rotary embedding that ours has. Streaming is not
+in a graph: it waits for the link, not for Python.
 """
 
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import DynamicCache
 
 from offload_runtime.adapter import AttentionCall, ModelAdapter
-from offload_runtime.cache.pinned import pinned_empty
+from offload_runtime.architectures import capturable_experts
+from offload_runtime.bench.driven import TOKEN_IDS
+from offload_runtime.bench.host_store import HostStore
+from offload_runtime.bench.timing import step_ms
+from offload_runtime.fusion import Fusion
 
-STEPS, STREAMING_STEPS, WARM_STEPS = 30, 5, 2
+WARM_STEPS = 2
 
 
 def flash_decode(call: AttentionCall, rows: torch.Tensor) -> torch.Tensor:
     """Dense attention of call.query [B, Hq, 1, D] over rows [B, Hkv, N, 2 D]; [B, 1, Hq, D]."""
     dim = call.query.shape[-1]
-    out = torch.ops.aten._scaled_dot_product_flash_attention(
-        call.query, rows[..., :dim], rows[..., dim:], 0.0, False, False, scale=call.scale
-    )[0]
+    keys, values = rows[..., :dim], rows[..., dim:]
+    if rows.is_cuda:  # splits the keys for one query token; 2.7 TB/s measured on an H100
+        out = torch.ops.aten._scaled_dot_product_flash_attention(
+            call.query, keys, values, 0.0, False, False, scale=call.scale
+        )[0]
+    else:
+        out = scaled_dot_product_attention(call.query, keys, values, scale=call.scale, enable_gqa=True)
     return out.transpose(1, 2)
 
 
 def append(call: AttentionCall, rows: torch.Tensor) -> None:
     """The current token's row takes the last place."""
-    rows[:, :, -1] = torch.cat([call.key[:, :, 0], call.value[:, :, 0]], -1)
+    dim = call.query.shape[-1]
+    rows[:, :, -1, :dim] = call.key[:, :, 0]
+    rows[:, :, -1, dim:] = call.value[:, :, 0]
 
 
-def forward(adapter: ModelAdapter, tokens: torch.Tensor, position: int) -> None:
-    positions = torch.full_like(tokens, position)
+def forward(adapter: ModelAdapter, tokens: torch.Tensor, positions: torch.Tensor) -> None:
     adapter.model(input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=1)
 
 
-def median_ms(run: Callable[[], object], steps: int) -> float:
-    """Median GPU milliseconds of a call."""
-    times = []
-    for _ in range(steps):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return round(statistics.median(times), 3)
+def step_inputs(adapter: ModelAdapter, ctx: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and positions [B, 1] of a step at the end of the context."""
+    tokens = torch.randint(0, TOKEN_IDS, (batch, 1), device=adapter.device)
+    return tokens, torch.full_like(tokens, ctx - 1)
 
 
-def rows_shape(adapter: ModelAdapter, ctx: int, batch: int) -> tuple[int, int, int, int]:
-    return batch, adapter.kv_heads, ctx, 2 * adapter.head_dim
+@contextmanager
+def decoding(
+    adapter: ModelAdapter, handlers: list[Callable[[AttentionCall], torch.Tensor]]
+) -> Iterator[None]:
+    """The model with these attention handlers and what else our own decode step does to it."""
+    with adapter.handled_by(handlers), Fusion(adapter).applied(), capturable_experts(adapter.model):
+        yield
 
 
-def dense_step_ms(adapter: ModelAdapter, ctx: int, batch: int) -> float | None:
-    """A decode step with the whole KV on the GPU, in a CUDA graph; None where it does not fit."""
-    shape = rows_shape(adapter, ctx, batch)
-    try:
-        caches = [torch.randn(shape, dtype=adapter.dtype, device=adapter.device) for _ in adapter.layers]
-    except torch.cuda.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return None
+def dense_times(adapter: ModelAdapter, ctx: int, batch: int, steps: int) -> list[float]:
+    """Milliseconds of decode steps with the whole KV on the GPU, in a CUDA graph where there is a GPU."""
+    shape = (batch, adapter.kv_heads, ctx, 2 * adapter.head_dim)
+    caches = [torch.randn(shape, dtype=adapter.dtype, device=adapter.device) for _ in adapter.layers]
 
     def handler_for(rows: torch.Tensor) -> Callable[[AttentionCall], torch.Tensor]:
         def handle(call: AttentionCall) -> torch.Tensor:
@@ -67,53 +77,100 @@ def dense_step_ms(adapter: ModelAdapter, ctx: int, batch: int) -> float | None:
 
         return handle
 
-    tokens = torch.randint(0, 1000, (batch, 1), device=adapter.device)
-    graph = torch.cuda.CUDAGraph()
-    with adapter.handled_by([handler_for(rows) for rows in caches]):
+    inputs = step_inputs(adapter, ctx, batch)
+    with decoding(adapter, [handler_for(rows) for rows in caches]):
         for _ in range(WARM_STEPS):
-            forward(adapter, tokens, ctx - 1)
+            forward(adapter, *inputs)
+        if adapter.device.type != "cuda":
+            return [step_ms(lambda: forward(adapter, *inputs), adapter.device) for _ in range(steps)]
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            forward(adapter, tokens, ctx - 1)
-    result = median_ms(graph.replay, STEPS)
-    del caches, graph
-    torch.cuda.empty_cache()
-    return result
+            forward(adapter, *inputs)
+    graph.replay()
+    return [step_ms(graph.replay, adapter.device) for _ in range(steps)]
 
 
-def streaming_step_ms(adapter: ModelAdapter, ctx: int, batch: int) -> float | None:
-    """A decode step that copies every layer's whole KV over the link, double-buffered (FlexGen's idea)."""
-    shape, device = rows_shape(adapter, ctx, batch), adapter.device
-    host = [pinned_empty(shape, adapter.dtype) for _ in adapter.layers]
-    source = torch.randn(shape, dtype=adapter.dtype, device=device)
-    for rows in host:
-        rows.copy_(source)
-    buffers = [torch.empty_like(source), torch.empty_like(source)]
-    stream = torch.cuda.Stream(device)
-    copied = [torch.cuda.Event() for _ in host]
-    used = [torch.cuda.Event(), torch.cuda.Event()]
+class Streaming:
+    """Two buffers on the device; while one layer's rows are attended to, the next layer's arrive."""
 
-    def fetch(index: int) -> None:
-        with torch.cuda.stream(stream):
-            stream.wait_event(used[index % 2])
-            buffers[index % 2].copy_(host[index], non_blocking=True)
-            copied[index].record()
+    def __init__(self, adapter: ModelAdapter, ctx: int, batch: int, store: HostStore) -> None:
+        shape = (batch, adapter.kv_heads, ctx, 2 * adapter.head_dim)
+        self.host = [store.view(layer, shape) for layer in range(len(adapter.layers))]
+        device = adapter.device
+        self.buffers = [torch.empty(shape, dtype=adapter.dtype, device=device) for _ in range(2)]
+        self.fetched = self.attended = 0  # layers so far; either's buffer is its count modulo 2
+        self.on_gpu = device.type == "cuda"
+        if self.on_gpu:
+            self.stream = torch.cuda.Stream(device)
+            self.copied = [torch.cuda.Event(), torch.cuda.Event()]
+            self.used = [torch.cuda.Event(), torch.cuda.Event()]
 
-    def handler_for(index: int) -> Callable[[AttentionCall], torch.Tensor]:
-        def handle(call: AttentionCall) -> torch.Tensor:
-            fetch((index + 1) % len(host))
-            torch.cuda.current_stream().wait_event(copied[index])
-            append(call, buffers[index % 2])
-            out = flash_decode(call, buffers[index % 2])
-            used[index % 2].record()
-            return out
+    def fetch(self, layer: int) -> None:
+        """Start to copy a layer's rows into the buffer that was attended to last but one."""
+        place = self.fetched % 2
+        self.fetched += 1
+        if not self.on_gpu:
+            self.buffers[place].copy_(self.host[layer])
+            return
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(self.used[place])
+            self.buffers[place].copy_(self.host[layer], non_blocking=True)
+            self.copied[place].record()
 
-        return handle
+    def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
+        """Attention over a layer's rows, the next layer's copy started before it."""
+        self.fetch((layer + 1) % len(self.host))
+        place = self.attended % 2
+        self.attended += 1
+        if self.on_gpu:
+            torch.cuda.current_stream().wait_event(self.copied[place])
+        append(call, self.buffers[place])
+        out = flash_decode(call, self.buffers[place])
+        if self.on_gpu:
+            self.used[place].record()
+        return out
 
-    tokens = torch.randint(0, 1000, (batch, 1), device=device)
-    fetch(0)
-    with adapter.handled_by([handler_for(index) for index in range(len(host))]):
-        result = median_ms(lambda: forward(adapter, tokens, ctx - 1), STREAMING_STEPS)
-    torch.cuda.synchronize()
-    buffers.clear()
-    host.clear()
-    return result
+
+def streaming_times(adapter: ModelAdapter, ctx: int, batch: int, steps: int, store: HostStore) -> list[float]:
+    """Milliseconds of decode steps that copy every layer's whole KV over the link."""
+    streaming = Streaming(adapter, ctx, batch, store)
+
+    def handler_for(layer: int) -> Callable[[AttentionCall], torch.Tensor]:
+        return lambda call: streaming.attend(layer, call)
+
+    inputs = step_inputs(adapter, ctx, batch)
+    streaming.fetch(0)
+    with decoding(adapter, [handler_for(layer) for layer in range(len(adapter.layers))]):
+        forward(adapter, *inputs)
+        times = [step_ms(lambda: forward(adapter, *inputs), adapter.device) for _ in range(steps)]
+    if streaming.on_gpu:
+        torch.cuda.synchronize()
+    return times
+
+
+def hf_times(adapter: ModelAdapter, ctx: int, batch: int, steps: int, offloading: bool) -> list[float]:
+    """Milliseconds of model(...) with a DynamicCache that was filled layer by layer with random KV.
+
+    transformers moves an offloaded layer to the GPU whole, and whole back to pinned memory
+    that PyTorch's allocator rounds up to a power of two.
+    """
+    warm = 1
+    cache: Any = DynamicCache(config=adapter.model.config, offloading=offloading)
+    shape = (batch, adapter.kv_heads, ctx - steps - warm, adapter.head_dim)
+    for layer in range(len(adapter.layers)):
+        keys = torch.randn(shape, dtype=adapter.dtype, device=adapter.device)
+        cache.update(keys, torch.randn_like(keys), layer)
+    tokens, _ = step_inputs(adapter, ctx, batch)
+
+    def step() -> None:
+        adapter.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    for _ in range(warm):
+        step()
+    return [step_ms(step, adapter.device) for _ in range(steps)]
+
+
+def hf_pinned_bytes(adapter: ModelAdapter, ctx: int, batch: int) -> int:
+    """Host bytes of an offloaded DynamicCache: K and V of every layer, each rounded up to a power of two."""
+    size = batch * adapter.kv_heads * ctx * adapter.head_dim * adapter.dtype.itemsize
+    return 2 * len(adapter.layers) * (1 << (size - 1).bit_length())

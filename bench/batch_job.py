@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.machine import ROOT, machine
+from offload_runtime.bench.machine import ROOT, machine
 
 TEMPLATE = "{document}\n\nIn short:"
 TIMES = ("seconds", "ttft_s", "tpot_s")

@@ -1,118 +1,185 @@
-"""A session whose cache contents and queries are set by the benchmark, not by a prompt."""
+"""A session whose cache contents, and if wanted its selections, are set by the benchmark, not by a prompt."""
 
 from typing import Any
 
 import torch
 
 from offload_runtime.adapter import ModelAdapter
-from offload_runtime.cache.layer_cache import PREDICTED
+from offload_runtime.bench.host_store import HandedOut, HostStore
+from offload_runtime.bench.timing import step_ms
+from offload_runtime.cache.layer_cache import PREDICTED, TRUE, LayerCache
+from offload_runtime.cache.window_cache import WindowCache
 from offload_runtime.calibration import Calibration
 from offload_runtime.config import DEFAULT_LABEL_CHANNELS, RuntimeConfig
-from offload_runtime.kernels.residency import HITS, SELECTED
+from offload_runtime.kernels.residency import FROM_PREDICTION, HITS, SELECTED
 from offload_runtime.session import Session
 
-PREDICTION_COSINE = 0.9  # of a predicted query with the true one, driven sessions only (paper: 0.85 to 0.99)
-FILL_TOKENS = 8192  # random tokens made at a time
+FILL_TOKENS = 8192  # random keys labelled at a time
+TOKEN_IDS = 256  # token ids are drawn below this: every shape's vocabulary has them
+BISECTIONS = 12  # halvings of [0, 1]: a cosine to 0.0003
+PAIRS = 8  # of queries that are tried: single pairs share 0.1 more or less than the mean
 
 
 class DrivenSession(Session):
-    """Random rows and labels; with `overlap`, queries that keep a share of themselves from step to step.
+    """Random rows and labels of random keys; settings and steps as in a real session.
 
-    overlap is the cosine of a layer's consecutive queries as selection sees
-    them; `measured_overlap` says which part of a selection it let stay.
+    Undriven, the model's own queries select: with random weights they select at
+    random. After drive(), queries are drawn so that consecutive selections of
+    a layer overlap by a given share, and predicted ones find a given share of the true ones.
     """
 
-    settle_steps = 6  # compile, capture, and let the resident set reach its steady state
-
     def __init__(
-        self, adapter: ModelAdapter, config: RuntimeConfig, batch: int, overlap: float | None
+        self, adapter: ModelAdapter, config: RuntimeConfig, batch: int, store: HostStore | None = None
     ) -> None:
+        shape = (batch, adapter.kv_heads, config.ctx, 2 * adapter.head_dim)
+        self.handed_out: Any = None if store is None else HandedOut(store, shape)
         super().__init__(adapter, config, unit_calibration(adapter), batch, config.ctx)
-        self.overlap = overlap
         layout, device = self.layout, adapter.device
-        shape = (layout.layers, batch, layout.query_heads, layout.head_dim)
-        self.queries = torch.randn(shape, device=device, dtype=layout.dtype)
+        self.driven = False
+        self.step_cosine = self.guess_cosine = 1.0
+        self.queries = torch.randn(
+            (layout.layers, batch, layout.query_heads, layout.head_dim), device=device, dtype=layout.dtype
+        )
+        self.guess_noise = torch.randn_like(self.queries)
         self.guesses = self.queries.clone()
-        if overlap is not None:
-            self._drive()
+        self._fill()
 
-    def _drive(self) -> None:
-        """Make selection use the benchmark's queries instead of the model's."""
-        for index, cache in enumerate(self.caches):
-            plain = cache.choose
+    def _make_cache(self, window: int) -> LayerCache | WindowCache:
+        assert not window, "no shape of the benchmark has sliding layers"
+        if self.handed_out is None:
+            return super()._make_cache(window)
+        device = self.adapter.device
+        return LayerCache(self.layout, self.state, device, self.config.new_rows, self.handed_out)
 
-            def choose(
-                query: torch.Tensor, scale: float, selection: Any, work: Any, phase: int,
-                plain: Any = plain, index: int = index,
-            ) -> None:  # fmt: skip
-                driven = self.guesses[index] if phase == PREDICTED else self.queries[index]
-                plain(driven + 0 * query, scale, selection, work, phase)
-
-            cache.choose = choose  # type: ignore[method-assign]
-
-    def fill(self) -> None:
-        """Random rows in host memory, labels of random keys, lengths just short of capacity."""
+    def _fill(self) -> None:
+        """Labels of random keys for every token, and rows where no store has them."""
         layout, device = self.layout, self.adapter.device
-        heads = (layout.batch, layout.kv_heads)
-        rows = torch.randn(*heads, FILL_TOKENS, layout.row_elements, device=device, dtype=layout.dtype)
-        for cache in self.caches:
-            cache.resident.slots[:, :, : layout.fixed_slots] = rows[:, :, : layout.fixed_slots]
+        for cache in self.offloaded.values():
             for start in range(0, layout.capacity, FILL_TOKENS):
                 count = min(FILL_TOKENS, layout.capacity - start)
-                keys = torch.randn(*heads, count, layout.head_dim, device=device, dtype=layout.dtype)
+                keys = torch.randn(
+                    (layout.batch, layout.kv_heads, count, layout.head_dim), device=device, dtype=layout.dtype
+                )
                 starts = torch.full((layout.batch,), start, dtype=torch.int32, device=device)
                 cache.labels.write(keys, cache.maps, starts)
-                for b in range(layout.batch):
-                    for h in range(layout.kv_heads):
-                        cache.host.rows[b, h, start : start + count].copy_(
-                            rows[b, h, :count], non_blocking=True
-                        )
-        room = 512  # steps that a benchmark may take
-        self.state.lengths.fill_(layout.capacity - room)
-        self.state.budgets.fill_(self.config.budget_tokens(layout.capacity))
-        torch.cuda.synchronize()
+                if self.handed_out is None:
+                    rows = torch.cat([keys, keys], -1)  # [B, Hkv, T, 2 D]
+                    cache.host.rows[:, :, start : start + count].copy_(rows)
+
+    def restart(self, steps: int) -> None:
+        """Nothing resident and nothing counted; lengths such that `steps` more tokens fill the context."""
+        self.clear()
+        for cache in self.offloaded.values():
+            fixed = self.layout.fixed_slots
+            cache.resident.slots[:, :, :fixed] = cache.host.rows[:, :, :fixed].to(self.adapter.device)
+        self.state.lengths.fill_(self.layout.capacity - steps)
+        self.state.budgets.fill_(self.config.budget_tokens(self.layout.capacity))
+
+    def forget_resident(self) -> None:
+        """The next step has to fetch every row it selects."""
+        for cache in self.offloaded.values():
+            cache.resident.clear()
+
+    def drive(self, overlap: float | None, recall: float = 1.0) -> None:
+        """Select by drawn queries, with these shares kept from step to step and found by prediction.
+
+        None: by the model's own again. The next step is captured anew. Call after restart().
+        """
+        for cache in self.offloaded.values():
+            cache.__dict__.pop("choose", None)
+        self.driven = overlap is not None
+        self.decoder.graph = None
+        if overlap is None:
+            return
+        self.step_cosine, self.guess_cosine = self._cosine_for(overlap), self._cosine_for(recall)
+        for index, cache in self.offloaded.items():
+            self._drive_cache(index, cache)
+
+    def _drive_cache(self, index: int, cache: LayerCache) -> None:
+        plain = cache.choose
+
+        def choose(_: torch.Tensor, scale: float, selection: Any, work: Any, phase: int) -> None:
+            query = self.guesses[index] if phase == PREDICTED else self.queries[index]
+            plain(query, scale, selection, work, phase)
+
+        cache.choose = choose  # type: ignore[method-assign, assignment]
+
+    def _cosine_for(self, overlap: float) -> float:
+        """The cosine of two random queries whose exact selections share `overlap` of their tokens."""
+        pairs = [(torch.randn_like(self.queries[0]), torch.randn_like(self.queries[0])) for _ in range(PAIRS)]
+        firsts = [self._exact_selection(first) for first, _ in pairs]
+        low, high = 0.0, 1.0
+        for _ in range(BISECTIONS):
+            cosine = (low + high) / 2
+            others = [self._exact_selection(moved(first, noise, cosine)) for first, noise in pairs]
+            shared = sum(float((a & b).sum()) for a, b in zip(firsts, others, strict=True))
+            shared /= sum(float(a.sum()) for a in firsts)
+            low, high = (cosine, high) if shared < overlap else (low, cosine)
+        return (low + high) / 2
+
+    def _exact_selection(self, query: torch.Tensor) -> torch.Tensor:
+        """Which tokens of layer 0 a query [B, Hq, D] selects: [B, Hkv, N] bool."""
+        cache, selection = self.offloaded[0], self.prefetcher.selection
+        cache.resident.clear()  # no step passes between them: no slot would be free
+        previous, cache.previous = cache.previous, None  # sticky selection aside
+        cache.choose(query, self.layout.head_dim**-0.5, selection, self.prefetcher.work, TRUE)
+        cache.previous = previous
+        chosen = torch.zeros_like(cache.resident.slot_of_token, dtype=torch.bool)
+        count = int(selection.counts.min())  # the same for all: lengths and budgets are
+        return chosen.scatter_(-1, selection.tokens[..., :count].long(), True)
+
+    def _move_queries(self) -> None:
+        if not self.driven:
+            return
+        self.queries.copy_(moved(self.queries, torch.randn_like(self.queries), self.step_cosine))
+        # The error of a prediction moves on as slowly as the query does.
+        self.guess_noise.copy_(moved(self.guess_noise, torch.randn_like(self.queries), self.step_cosine))
+        self.guesses.copy_(moved(self.queries, self.guess_noise, self.guess_cosine))
+
+    def _next_tokens(self) -> torch.Tensor:
+        return torch.randint(0, TOKEN_IDS, (self.layout.batch,), device=self.adapter.device)
 
     def advance(self) -> None:
         """One step on random tokens, queries moved on by one step's worth."""
         self._move_queries()
-        self.step(torch.randint(0, 1000, (self.layout.batch,), device=self.adapter.device))
+        self.step(self._next_tokens())
 
-    def _move_queries(self) -> None:
-        if self.overlap is None:
-            return
-        c, p = self.overlap, PREDICTION_COSINE
-        self.queries.mul_(c).add_(torch.randn_like(self.queries), alpha=(1 - c * c) ** 0.5)
-        noise = torch.randn_like(self.queries)
-        self.guesses.copy_(self.queries * p).add_(noise, alpha=(1 - p * p) ** 0.5)
-
-    def timed_step(self) -> float:
-        """Milliseconds of one step on the GPU."""
+    def timed_step(self, keep_resident: bool = True) -> float:
+        """Milliseconds of one step; with keep_resident False it has to fetch all it selects."""
         self._move_queries()
-        tokens = torch.randint(0, 1000, (self.layout.batch,), device=self.adapter.device)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        start.record()
-        self.step(tokens)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
+        if not keep_resident:
+            self.forget_resident()
+        tokens = self._next_tokens()
+        if tokens.is_cuda:
+            torch.cuda.synchronize()
+        return step_ms(lambda: self.step(tokens), self.adapter.device)
 
-    def moved_bytes(self) -> int:
-        counters = torch.stack([cache.counters for cache in self.caches])  # [L, 2, 3]
-        missed = counters[:, :, SELECTED] - counters[:, :, HITS]
-        return int(missed.sum()) * self.layout.row_bytes
-
-    def measured_overlap(self) -> float | None:
-        """Part of the selected rows that were resident already, over all steps so far."""
-        counters = torch.stack([cache.counters for cache in self.caches])  # [L, 2, 3]
-        phase = counters[:, 0] if self.prefetcher.attend_predicted else counters[:, 1]
-        selected = int(phase[:, SELECTED].sum())
-        return round(int(phase[:, HITS].sum()) / selected, 4) if selected else None
+    def counted(self) -> dict[str, int]:
+        """Rows since restart(): selected to attend to, fetched, and of those attended to the predicted."""
+        counters = torch.stack([cache.counters for cache in self.offloaded.values()])  # [L, 2, 3]
+        fetched = int((counters[:, :, SELECTED] - counters[:, :, HITS]).sum())
+        late = counters[:, TRUE]
+        predicted_only = late[:, SELECTED] == 0  # mode "predict": these layers attend to the prediction
+        attended = torch.where(predicted_only, counters[:, PREDICTED, SELECTED], late[:, SELECTED])
+        corrected = (counters[:, PREDICTED, SELECTED] > 0) & ~predicted_only
+        return {
+            "selected": int(attended.sum()),
+            "fetched": fetched,
+            "checked": int((late[:, SELECTED] * corrected).sum()),
+            "found": int((late[:, FROM_PREDICTION] * corrected).sum()),
+        }
 
     def close(self) -> None:
+        """Drop the graph and the caches; the store stays whose it is."""
         self.decoder.graph = None
         self.caches.clear()
-        torch.cuda.empty_cache()
+        self.offloaded.clear()
+        self.allocator.shutdown()
+
+
+def moved(start: torch.Tensor, noise: torch.Tensor, cosine: float) -> torch.Tensor:
+    """Normal numbers that correlate with `start` by `cosine`."""
+    return start * cosine + noise * (1 - cosine * cosine) ** 0.5
 
 
 def unit_calibration(adapter: ModelAdapter) -> Calibration:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.machine import machine
+from offload_runtime.bench.machine import machine
 from offload_runtime.cache.pinned import register, touch
 from offload_runtime.kernels.gather import gather_rows_triton
 from offload_runtime.kernels.gather_bulk import gather_bulk_available, gather_rows_bulk

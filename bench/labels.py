@@ -19,8 +19,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench.label_mass import COMBINATIONS, LayerSample, Maps, measure, sample_layers
 from offload_runtime.adapter import ModelAdapter
+from offload_runtime.bench.label_mass import COMBINATIONS, LayerSample, Maps, measure, sample_layers
 from offload_runtime.calibration_collect import collect, make_blocks
 from offload_runtime.calibration_maps import LayerMoments, calibrate_layer, label_maps, spread
 

@@ -12,14 +12,18 @@ import torch
 import transformers
 import triton
 
+from offload_runtime import __version__
+
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT_VARIABLE = "BENCH_COMMIT"  # names the commit where the checkout travels without its .git
 
 
 def commit() -> str:
-    """The commit of the checkout, with "-dirty" when files differ from it."""
+    """The commit of the checkout, with "-dirty" when files differ from it; the version where installed."""
     if COMMIT_VARIABLE in os.environ:
         return os.environ[COMMIT_VARIABLE]
+    if not (ROOT / ".git").exists():
+        return f"version {__version__}"
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     done = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"

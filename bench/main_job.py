@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.machine import ROOT, machine
 from offload_runtime import OffloadedModel, RuntimeConfig
+from offload_runtime.bench.machine import ROOT, machine
 from offload_runtime.demo import ask, build_document, is_right
 
 FIGURES = (

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 import triton
 
-from bench.timing import graph_ms, hbm_copy_gb_s, pinned_copy_gb_s
+from offload_runtime.bench.timing import graph_ms, hbm_copy_gb_s, pinned_copy_gb_s
 from offload_runtime.kernels.append import append_rows
 from offload_runtime.kernels.gather import gather_rows, gather_rows_triton
 from offload_runtime.kernels.labels import code_width, make_labels, make_labels_triton

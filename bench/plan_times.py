@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from bench.baselines import dense_step_ms
-from bench.driven import DrivenSession
-from bench.rows import Rows
-from offload_runtime import RuntimeConfig
 from offload_runtime.adapter import ModelAdapter
+from offload_runtime.bench.baselines import dense_times
+from offload_runtime.bench.driven import DrivenSession
+from offload_runtime.bench.rows import Rows
 from offload_runtime.cache.layer_cache import TRUE
 from offload_runtime.cli_plan import rates_here
+from offload_runtime.config import RuntimeConfig
 from offload_runtime.kernels.residency import FROM_PREDICTION, SELECTED
 from offload_runtime.memory import FreeMemory
 from offload_runtime.planner import make_plan
@@ -21,6 +21,7 @@ from offload_runtime.speed import Times, Traffic, predict
 from offload_runtime.weights import count_weights
 
 STEPS = 20
+SETTLE_STEPS = 6  # compile, capture, and let the resident set reach its steady state
 EMPTY = FreeMemory(host=1 << 60, gpu=1 << 60)
 
 
@@ -45,23 +46,21 @@ class TimesOfPlan:
         return predict(plan, self.weights, self.rates, traffic)
 
     def dense(self) -> dict[str, Any]:
-        measured = dense_step_ms(self.adapter, self.ctx, 1)
-        if measured is None:
-            return {"out_of_memory": True}
+        measured = statistics.median(dense_times(self.adapter, self.ctx, 1, STEPS))
         return off_by(measured, self.predicted(RuntimeConfig(ctx=self.ctx), Traffic()).dense_tpot)
 
     def sparse(self, placement: str, mode: str) -> dict[str, Any]:
         """placement "gpu": sparse in GPU memory; "host": offloaded."""
         config = RuntimeConfig(ctx=self.ctx, budget=self.budget, prefetch=mode, placement=placement)
-        session = DrivenSession(self.adapter, config, 1, None)
+        session = DrivenSession(self.adapter, config, 1)
         try:
-            session.fill()
-            for _ in range(session.settle_steps):
+            session.restart(SETTLE_STEPS + STEPS)
+            for _ in range(SETTLE_STEPS):
                 session.advance()
-            before = session.moved_bytes()
+            before = session.counted()["fetched"]
             measured = statistics.median(session.timed_step() for _ in range(STEPS))
-            moved = (session.moved_bytes() - before) / STEPS
-            counters = torch.stack([cache.counters for cache in session.caches])[:, TRUE].sum(0)
+            moved = (session.counted()["fetched"] - before) * session.layout.row_bytes / STEPS
+            counters = torch.stack([cache.counters for cache in session.offloaded.values()])[:, TRUE].sum(0)
             layout = session.layout
         finally:
             session.close()

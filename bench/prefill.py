@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 
-from bench.machine import machine
-from bench.plan_times import TimesOfPlan
-from bench.prefill_full import PrefillBench
-from bench.prefill_parts import run_document, run_ours, run_profile, run_theirs, run_whole
-from bench.rows import Rows
-from bench.shapes import random_model
+from offload_runtime.bench.machine import machine
+from offload_runtime.bench.plan_times import TimesOfPlan
+from offload_runtime.bench.prefill_full import PrefillBench
+from offload_runtime.bench.prefill_parts import run_document, run_ours, run_profile, run_theirs, run_whole
+from offload_runtime.bench.rows import Rows
+from offload_runtime.bench.shapes import random_model
 from offload_runtime.kernels.split_attention import cudnn_attention, flash_attention
 from offload_runtime.prefill import GPU_CHUNK_TOKENS
 from offload_runtime.prefill_backend import PrefillBackend

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from bench.prefill_profile import profiled
-from bench.rows import Rows
 from offload_runtime import OffloadedModel, RuntimeConfig
+from offload_runtime.bench.prefill_profile import profiled
+from offload_runtime.bench.rows import Rows
 from offload_runtime.cli_plan import rates_here
 from offload_runtime.engine import free_unused
 from offload_runtime.hf_cache import CACHE_FIELD

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bench.prefill_full import PrefillBench
+from offload_runtime.bench.prefill_full import PrefillBench
 
 FEW_LAYERS = 8  # of transformers' rows that are too long or too large with all
 PROFILED_LAYERS = 4

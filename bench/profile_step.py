@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.decode import parse_setting
-from bench.driven import DrivenSession
-from bench.machine import machine
-from bench.shapes import random_model
 from offload_runtime import RuntimeConfig
 from offload_runtime.adapter import ModelAdapter
+from offload_runtime.bench.driven import DrivenSession
+from offload_runtime.bench.machine import machine
+from offload_runtime.bench.shapes import random_model
 
 STEPS = 3
+SETTLE_STEPS = 6  # compile, capture, and let the resident set reach its steady state
 
 
 def kernel_events(session: DrivenSession, trace: Path) -> list[dict[str, Any]]:
@@ -67,17 +67,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", default="llama-3.1-8b")
     parser.add_argument("--ctx", type=int, default=262144)
-    parser.add_argument("--setting", default="2048:correct")
+    parser.add_argument("--setting", default="2048:correct", help="budget:prefetch[:new rows]")
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     adapter = ModelAdapter(random_model(options.shape, options.ctx))
-    setting = parse_setting(options.setting)
-    overlap = setting.pop("overlap")
+    budget, mode, *rest = options.setting.split(":")
+    new_rows = int(rest[0]) if rest else None
+    config = RuntimeConfig(ctx=options.ctx, budget=budget, prefetch=mode, new_rows=new_rows)
     with torch.no_grad():
-        session = DrivenSession(adapter, RuntimeConfig(ctx=options.ctx, **setting), 1, overlap)
-        session.fill()
-        for _ in range(session.settle_steps):
+        session = DrivenSession(adapter, config, 1)
+        session.restart(SETTLE_STEPS + STEPS)
+        for _ in range(SETTLE_STEPS):
             session.advance()
         events = kernel_events(session, options.out.with_suffix(".trace.json"))
     table, timeline = by_kernel(events), middle_layer(events, len(adapter.layers))

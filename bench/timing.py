@@ -1,9 +1,11 @@
-"""Time GPU work inside a CUDA graph, and measure the ceilings it is compared with.
+"""Time GPU work, and measure the ceilings it is compared with.
 
-A graph holds one call for each of several buffer sets ("layers"), so that, as
-in decoding, no call finds its data in L2 and none waits for Python.
+`graph_ms` times calls inside a CUDA graph that holds one call for each of
+several buffer sets ("layers"), so that, as in decoding, no call finds its data
+in L2 and none waits for Python. `step_ms` times whole decode steps.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from statistics import median
 
@@ -28,18 +30,24 @@ def graph_ms(calls: Sequence[Callable[[], object]], replays: int = 20) -> float:
     return median(_event_ms(graph.replay, replays)) / len(calls)
 
 
+def step_ms(work: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of one call: between two events of the current stream, or by the clock on a CPU."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        work()
+        return 1e3 * (time.perf_counter() - started)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
 def _event_ms(work: Callable[[], object], repeats: int) -> list[float]:
     """Milliseconds of each repeat after three to warm up."""
-    times = []
-    for i in range(repeats + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        if i >= 3:
-            times.append(start.elapsed_time(end))
-    return times
+    times = [step_ms(work, torch.device("cuda")) for _ in range(repeats + 3)]
+    return times[3:]
 
 
 def hbm_copy_gb_s() -> float:
@@ -47,6 +55,12 @@ def hbm_copy_gb_s() -> float:
     source = torch.zeros(GIB, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * GIB / median(_event_ms(lambda: target.copy_(source), 10)) / 1e6
+
+
+def hbm_read_gb_s() -> float:
+    """Bytes read a second by a sum over 1 GiB, which is what weights, labels and rows are: read once."""
+    source = torch.zeros(GIB // 4, dtype=torch.float32, device="cuda")
+    return GIB / median(_event_ms(source.sum, 10)) / 1e6
 
 
 def pinned_copy_gb_s() -> float:

@@ -15,6 +15,7 @@ import typer
 from . import __version__
 from . import cli_options as opt
 from .cli_batch import batch, summarize
+from .cli_bench import bench
 from .cli_exits import clean_exit, quiet_libraries
 
 DEPTHS = "0,0.14,0.28,0.42,0.57,0.71,0.85,1"  # eight keys, as many as one document holds
@@ -35,6 +36,7 @@ def show_version(wanted: bool) -> None:
 
 app.command()(batch)
 app.command()(summarize)
+app.command()(bench)
 
 
 @app.callback()

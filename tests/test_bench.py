@@ -4,8 +4,8 @@ import json
 
 import torch
 
-from bench.prefill_profile import breakdown, group_of
-from bench.rows import Rows
+from offload_runtime.bench.prefill_profile import breakdown, group_of
+from offload_runtime.bench.rows import Rows
 
 
 def test_rows_are_on_disk_after_each_and_failures_are_rows(tmp_path):

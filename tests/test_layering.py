@@ -1,10 +1,14 @@
 """Imports point one way: kernels <- cache <- prefetch <- offload_runtime <- bench, tests."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.jobs_helpers import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("kernels", "cache", "prefetch", "offload_runtime")  # each may import itself and those before it
@@ -30,6 +34,7 @@ TRANSFORMERS = {
     "weights.py",
 }
 PYNVML = {"doctor_gpu.py"}
+MAY_REACH_BENCH = "cli_bench.py"  # the command, which imports it only when it runs
 
 
 def files(layer: str) -> list[Path]:
@@ -57,6 +62,8 @@ def layer_of(name: str) -> str | None:
         return parts[0]
     if parts[0] != "offload_runtime":
         return None
+    if parts[1:2] == ["bench"]:
+        return "bench"
     return parts[1] if len(parts) > 1 and parts[1] in LAYERS[:3] else "offload_runtime"
 
 
@@ -68,7 +75,19 @@ def test_no_import_points_up(layer: str) -> None:
         for name in imports(file, layer):
             if layer != "offload_runtime" and name == "offload_runtime":
                 continue  # the package itself, on the way to a lower layer
+            if file.name == MAY_REACH_BENCH and layer_of(name) == "bench":
+                continue
             assert layer_of(name) in allowed, f"{file.name} imports {name}"
+
+
+def test_bench_is_imported_when_the_command_runs() -> None:
+    script = (
+        "import sys, offload_runtime.cli; "
+        "sys.exit(any(name.startswith('offload_runtime.bench') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], env=environment(), check=False).returncode == 0
+    for file in (ROOT / "bench").glob("*.py"):
+        assert "tests" not in {layer_of(name) for name in imports(file, "bench")}
 
 
 @pytest.mark.parametrize(("library", "allowed"), [("transformers", TRANSFORMERS), ("pynvml", PYNVML)])
@@ -85,5 +104,6 @@ def test_libraries_stay_where_they_belong(library: str, allowed: set[str]) -> No
 def test_the_check_can_fail(tmp_path: Path) -> None:
     file = tmp_path / "bad.py"
     file.write_text("from ..prefetch.scheduler import Prefetcher\nfrom .. import engine\nimport bench.run\n")
+    assert layer_of("offload_runtime.bench.compare") == "bench"
     layers = {layer_of(name) for name in imports(file, "cache")}
     assert {"prefetch", "offload_runtime", "bench"} <= layers

@@ -15,6 +15,7 @@ NEEDED = (
     "kernels/topk.py",
     "cache/layout.py",
     "prefetch/scheduler.py",
+    "bench/compare.py",
     "data/prose.txt",
     "data/tiny-256k/config.json",
     "data/tiny-256k/model.safetensors",
@@ -35,7 +36,7 @@ def python(code: str, *path: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_folders_are_namespaces() -> None:
-    for folder in ("kernels", "cache", "prefetch"):
+    for folder in ("kernels", "cache", "prefetch", "bench"):
         assert not (ROOT / folder / "__init__.py").exists()
         link = ROOT / "offload_runtime" / folder
         assert link.is_dir()
@@ -80,6 +81,7 @@ def test_wheel_holds_everything(source: Path, tmp_path: Path) -> None:
         assert f"offload_runtime/{name}" in names
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"offload_runtime"}
+    assert not any("bench/results/" in name for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
