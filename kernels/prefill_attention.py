@@ -1,24 +1,16 @@
 """Exact causal attention of one chunk of queries over all keys before and in it.
 
 Nothing of size S x S: the reference walks the keys in blocks with a running
-<<<<<<< HEAD
-softmax, the CUDA path is whatever attention the caller found fastest (attention_trial.py).
-=======
-softmax. On CUDA in 16 bits: flash attention or cuDNN (split_attention.py), flash
-attention with a left window for sliding layers, a Triton kernel where logits have
+softmax. On CUDA in 16 bits: whatever attention the caller found fastest
+(attention_trial.py), flash attention with a left window for sliding layers, a Triton kernel where logits have
 a softcap (masked_prefill.py). Learned sink logits need only the log-sum-exp of the
 others: e^sink joins the sum, so the output shrinks by sigmoid(lse - sink).
->>>>>>> archs
 """
 
 import torch
 
-<<<<<<< HEAD
-from .split_attention import Attention, flash_attention
-=======
 from .masked_prefill import LARGEST_DIM, masked_prefill_triton
-from .split_attention import fastest_attention
->>>>>>> archs
+from .split_attention import Attention, flash_attention
 
 KEY_BLOCK = 2048  # keys a step of the reference: [Hq, T, block] logits stay small against the weights
 
@@ -77,14 +69,7 @@ def prefill_attention(
     sink_logits: torch.Tensor | None = None,
     attention: Attention = flash_attention,
 ) -> torch.Tensor:
-<<<<<<< HEAD
-    """prefill_attention_reference; on CUDA `attention` where neither window, softcap nor sinks are wanted."""
-    plain = not window and not softcap and sink_logits is None
-    if not (query.is_cuda and plain and query.dtype in (torch.bfloat16, torch.float16)):
-        return prefill_attention_reference(query, rows, scale, window, softcap, sink_logits)
-    return attention(query, rows, scale).transpose(1, 2)
-=======
-    """prefill_attention_reference; on CUDA in 16 bits whichever fast form has what it takes."""
+    """prefill_attention_reference; on CUDA in 16 bits a fast form: `attention`, or what masks and sinks need."""
     dim = query.shape[3]
     half = query.dtype in (torch.bfloat16, torch.float16)
     if not (query.is_cuda and half and dim <= LARGEST_DIM):
@@ -92,7 +77,7 @@ def prefill_attention(
     window = window if window < rows.shape[1] else 0
     flash = not softcap and dim % 8 == 0  # what the flash kernels take
     if flash and not window and sink_logits is None:
-        return fastest_attention(query, rows, scale).transpose(1, 2)
+        return attention(query, rows, scale).transpose(1, 2)
     attend = flash_window if flash else masked_prefill_triton
     out, lse = attend(query, rows, scale, window, softcap)
     return out if sink_logits is None else with_sinks(out, lse, sink_logits)
@@ -119,4 +104,3 @@ def with_sinks(out: torch.Tensor, lse: torch.Tensor, sink_logits: torch.Tensor) 
     """out [1, T, Hq, D], in place, with e^sink [Hq] in every softmax's sum; lse [1, Hq, T]."""
     share = torch.sigmoid(lse - sink_logits.float()[:, None])  # [1, Hq, T]
     return out.mul_(share.transpose(1, 2)[..., None])
->>>>>>> archs

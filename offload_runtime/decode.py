@@ -68,13 +68,9 @@ class DecodeLoop:
         self.graph = self.logits = None
 
     def _capture(self) -> None:
-<<<<<<< HEAD
         for cache in self.caches:
             if isinstance(cache, LayerCache):
                 cache.make_slots()  # here, or replays would make them again
-        graph = torch.cuda.CUDAGraph()
-        with self._experts(), torch.cuda.graph(graph):
-=======
         try:
             with self._experts():
                 self.graph = capture(self._record, self.adapter.device)
@@ -100,7 +96,6 @@ class DecodeLoop:
             stacklevel=2,
         )
         with self._experts():
->>>>>>> archs
             self.logits = self._forward()
 
     def _experts(self) -> AbstractContextManager[None]:
