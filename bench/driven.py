@@ -98,13 +98,13 @@ class DrivenSession(Session):
         return start.elapsed_time(end)
 
     def moved_bytes(self) -> int:
-        counters = torch.stack([cache.counters for cache in self.caches])  # [L, 2, 3]
+        counters = torch.stack([cache.counters.sum(0) for cache in self.caches])  # [L, 2, 3]
         missed = counters[:, :, SELECTED] - counters[:, :, HITS]
         return int(missed.sum()) * self.layout.row_bytes
 
     def measured_overlap(self) -> float | None:
         """Part of the selected rows that were resident already, over all steps so far."""
-        counters = torch.stack([cache.counters for cache in self.caches])  # [L, 2, 3]
+        counters = torch.stack([cache.counters.sum(0) for cache in self.caches])  # [L, 2, 3]
         phase = counters[:, 0] if self.prefetcher.attend_predicted else counters[:, 1]
         selected = int(phase[:, SELECTED].sum())
         return round(int(phase[:, HITS].sum()) / selected, 4) if selected else None

@@ -121,8 +121,12 @@ class ModelAdapter:
 
     @contextmanager
     def handled_by(self, handlers: Sequence[Handler]) -> Iterator[None]:
-        """Route every layer's attention to its handler; restore the model's own attention afterwards."""
+        """Route every layer's attention to its handler; afterwards to where it went before.
+
+        May be entered within itself: a decode step between two chunks of a prefill.
+        """
         before = self.model.config._attn_implementation
+        outer = [getattr(attention, "offload_handler", None) for attention in self.attentions]
         self.model.set_attn_implementation(IMPLEMENTATION)
         held = nullcontext() if self.length_rotary is None else self.length_rotary.held()
         try:
@@ -131,8 +135,10 @@ class ModelAdapter:
             with held:
                 yield
         finally:
-            for attention in self.attentions:
-                if hasattr(attention, "offload_handler"):
+            for attention, handler in zip(self.attentions, outer, strict=True):
+                if handler is not None:
+                    attention.offload_handler = handler
+                elif hasattr(attention, "offload_handler"):
                     del attention.offload_handler
             self.model.set_attn_implementation(before)
 

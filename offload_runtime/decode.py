@@ -61,7 +61,7 @@ class DecodeLoop:
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        with self._experts(), torch.cuda.graph(graph):
+        with self._experts(), torch.cuda.graph(graph, stream=self.prefetcher.capture_stream):
             self.logits = self._forward()
         self.graph = graph
         graph.replay()  # capturing records the step without running it
@@ -77,7 +77,9 @@ class DecodeLoop:
         with self.adapter.handled_by(handlers), observed, self.fusion.applied():
             logits = self.adapter.model(
                 input_ids=self.token_ids,
-                position_ids=self.state.positions.long()[:, None],  # [B, 1]
+                position_ids=self.state.positions.long().clamp_min(0)[
+                    :, None
+                ],  # [B, 1]; an empty place has -1
                 use_cache=False,
                 logits_to_keep=1,
             ).logits

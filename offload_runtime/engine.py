@@ -1,6 +1,5 @@
 """OffloadedModel: a transformers causal LM that decodes with its KV cache in host memory."""
 
-import gc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +13,12 @@ from .adapter import ModelAdapter
 from .arguments import pad_left, refuse_unsupported
 from .calibration import Calibration
 from .config import RuntimeConfig, make_config
+from .continuous import ContinuousBatch
 from .errors import RunError, UserError
 from .fitting import plan_session, require_weights
 from .generation import TokenLoop
 from .loading import load_model, load_tokenizer
+from .memory import free_unused
 from .model_check import load_config
 from .session import Session, calibration_from_prompt
 from .snapshot import Snapshot, save
@@ -217,6 +218,27 @@ class OffloadedModel:
             **audit,
         }
 
+    def continuous(
+        self, places: int, tokens: int, prompt: torch.Tensor | None = None, overlap: bool = True
+    ) -> ContinuousBatch:
+        """A batch of `places` sequences of up to `tokens` tokens that come and go; see continuous.py.
+
+        A model without a calibration is calibrated on `prompt`, which only one place can be.
+        It takes the place of generate's caches.
+        """
+        capacity = self.config.capacity(tokens)
+        calibration = self.calibration
+        if calibration is None:
+            if places > 1 or prompt is None:
+                raise UserError(
+                    "several places need a calibration, or answers would depend on which document came first; "
+                    "run `ds-offload calibrate`, or use 1 place"
+                )
+            calibration = calibration_from_prompt(self.adapter, self.config, prompt, capacity)
+        self._session = None
+        free_unused(self.model.device)
+        return ContinuousBatch(self._new_session(calibration, places, capacity), overlap)
+
     def save_cache(self, directory: str | Path) -> None:
         """Keep the cached tokens' rows and labels on disk, so that load_cache can go on from them.
 
@@ -248,8 +270,6 @@ class OffloadedModel:
     def close(self) -> None:
         """Free the caches, their pinned memory and the matrix library's workspaces."""
         self._session = None
-        if self.model.device.type == "cuda":
-            torch._C._cuda_clearCublasWorkspaces()
         free_unused(self.model.device)
 
     def __enter__(self) -> "OffloadedModel":
@@ -257,13 +277,6 @@ class OffloadedModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def free_unused(device: torch.device) -> None:
-    """Give memory that nothing refers to back to the system, where the plan can count it."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def with_choice(settings: dict[str, Any], name_or_path: str | Path) -> dict[str, Any]:

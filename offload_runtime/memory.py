@@ -1,5 +1,6 @@
 """How much memory is free here: on the host, within the container's limits, and on the GPU."""
 
+import gc
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,17 @@ def measure(device: str = "auto") -> FreeMemory:
     reserved, allocated = torch.cuda.memory_reserved(index), torch.cuda.memory_allocated(index)
     limit = int(total * torch.cuda.get_per_process_memory_fraction(index))
     return FreeMemory(host_free_bytes(), max(min(free + reserved, limit) - allocated, 0))
+
+
+def free_unused(device: torch.device) -> None:
+    """Give memory that nothing refers to back to the system, where the plan can count it.
+
+    The matrix library's workspaces too: it keeps one for every stream that it has worked on.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
 
 
 def host_free_bytes(root: Path = Path("/")) -> int:

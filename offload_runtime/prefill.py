@@ -52,6 +52,8 @@ class PrefillRun:
         self.rows = torch.zeros(staging, dtype=layout.dtype, device=device)[:, :total]
         self.writer = RowWriter(device)
         self.position = kept  # of the next chunk, within the layer at work
+        # Where labels go, made once: a tensor made from a Python number would wait for the GPU at each chunk.
+        self.places = torch.arange(total, dtype=torch.int32, device=device)
 
     def run(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Prefill token_ids [1, total - kept]; returns the last token's logits [1, V]."""
@@ -101,8 +103,7 @@ class PrefillRun:
         return out
 
     def _offload(self, cache: LayerCache, call: AttentionCall, span: slice) -> None:
-        starts = torch.tensor([span.start], dtype=torch.int32, device=call.key.device)
-        cache.labels.write(call.key, cache.maps, starts, self.sequence)
+        cache.labels.write(call.key, cache.maps, self.places[span.start, None], self.sequence)
         self.writer.write(self.rows[:, span], cache.host.rows[self.sequence, :, span], span.start)
 
     def _load_kept_rows(self, cache: LayerCache | WindowCache) -> None:

@@ -19,6 +19,8 @@ from ..cache.layer_cache import PREDICTED, TRUE, LayerCache
 from ..cache.layout import KVLayout
 from ..cache.selection import Selection, Workspace
 
+URGENT = -1  # stream priority; torch's default is 0, the lowest
+
 # (layer index, its predecessor's input [B, 1, E], the predecessor's keyword arguments)
 # -> (query [B, Hq, D], softmax scale)
 QueryPredictor = Callable[[int, torch.Tensor, dict[str, Any]], tuple[torch.Tensor, float]]
@@ -52,7 +54,11 @@ class Prefetcher:
         self.inputs: list[torch.Tensor | None] = [None, None]
         self.on_gpu = device.type == "cuda"
         if self.on_gpu:
-            self.side_stream, self.copy_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            # A graph's kernels keep the priority of the streams they were captured on: a step that runs
+            # beside a prefill gets the next free SM, not the one after all of the prefill's blocks.
+            self.side_stream, self.copy_stream, self.capture_stream = (
+                torch.cuda.Stream(device, priority=URGENT) for _ in range(3)
+            )
             self.ready = {index: torch.cuda.Event() for index in caches}
             self.chosen = {index: torch.cuda.Event() for index in caches}
             self.done = {index: torch.cuda.Event() for index in caches}
