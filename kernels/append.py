@@ -84,7 +84,7 @@ def _append_rows_kernel(
     position = tl.load(lengths + i_b).to(tl.int64) - 1
     place = tl.where(position < SINKS, position, SINKS + position % RECENT)
     o_d = tl.arange(0, DIM_PAD)
-    m_d = (o_d < DIM) & (position >= 0)  # an empty place stores nothing
+    m_d = o_d < tl.where(position >= 0, DIM, 0)  # an empty place stores nothing
     b_key = tl.load(key + i_b * key_b + i_h * key_h + o_d, mask=m_d)  # [D]
     b_value = tl.load(value + i_b * value_b + i_h * value_h + o_d, mask=m_d)  # [D]
     p_slot = slots + i_b * slots_b + i_h * slots_h + place * (2 * DIM) + o_d

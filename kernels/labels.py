@@ -131,7 +131,7 @@ def _make_labels_kernel(
     start = tl.load(starts + i_b).to(tl.int64)
     o_t = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     o_r = tl.arange(0, R)
-    m_t = (o_t < tokens) & (start >= 0)
+    m_t = o_t < tl.where(start >= 0, tokens, 0)  # none in an empty place
     b_label = tl.zeros([BLOCK, R], tl.float32)
     for first in range(0, DIM, BLOCK_D):
         o_d = first + tl.arange(0, BLOCK_D)

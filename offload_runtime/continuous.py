@@ -33,7 +33,7 @@ AHEAD_CHUNKS = 8
 
 @dataclass
 class Running:
-    """A sequence at work in a place. `tokens` are the new ones; `ids` [1, n] only where choosing reads them."""
+    """A sequence at work in a place. tokens: the new ones; ids [1, n]: all, where choosing needs them."""
 
     key: Any
     prompt: torch.Tensor
