@@ -135,9 +135,9 @@ class ModelAdapter:
             with held:
                 yield
         finally:
-            for attention, handler in zip(self.attentions, outer, strict=True):
-                if handler is not None:
-                    attention.offload_handler = handler
+            for attention, before_it in zip(self.attentions, outer, strict=True):
+                if before_it is not None:
+                    attention.offload_handler = before_it
                 elif hasattr(attention, "offload_handler"):
                     del attention.offload_handler
             self.model.set_attn_implementation(before)

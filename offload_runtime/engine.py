@@ -159,7 +159,7 @@ class OffloadedModel:
         if last is not None and last.layout.batch != batch:
             last = None
         kept = last if last is not None and any(len(ids) for ids in last.cached_ids) else None
-        calibration = kept.calibration if kept is not None else self._calibration_for(prompts[0], capacity)
+        calibration = kept.calibration if kept is not None else self.calibration_for(prompts[0], capacity)
         if kept is not None and kept.layout.capacity >= need:
             return kept
         if last is not None and last.layout.capacity == capacity and last.accepts(calibration):
@@ -173,7 +173,7 @@ class OffloadedModel:
         self._session = session
         return session
 
-    def _calibration_for(self, prompt: torch.Tensor, capacity: int) -> Calibration:
+    def calibration_for(self, prompt: torch.Tensor, capacity: int) -> Calibration:
         """The model's calibration, or one made from the prompt's first tokens when it has none."""
         if self.calibration is not None:
             return self.calibration
@@ -227,14 +227,13 @@ class OffloadedModel:
         It takes the place of generate's caches.
         """
         capacity = self.config.capacity(tokens)
-        calibration = self.calibration
-        if calibration is None:
-            if places > 1 or prompt is None:
-                raise UserError(
-                    "several places need a calibration, or answers would depend on which document came first; "
-                    "run `ds-offload calibrate`, or use 1 place"
-                )
-            calibration = calibration_from_prompt(self.adapter, self.config, prompt, capacity)
+        if self.calibration is None and (places > 1 or prompt is None):
+            raise UserError(
+                "several places need a calibration, or answers would depend on which document "
+                "came first; run `ds-offload calibrate`, or use 1 place"
+            )
+        no_prompt = torch.empty(0, dtype=torch.long)
+        calibration = self.calibration_for(no_prompt if prompt is None else prompt, capacity)
         self._session = None
         free_unused(self.model.device)
         return ContinuousBatch(self._new_session(calibration, places, capacity), overlap)

@@ -65,7 +65,7 @@ def test_query_labels_and_scores_stay_finite_where_they_are_read(device, include
     scales = torch.empty(3, 2, 0, 2, dtype=torch.float16, device=device)
     for run in (label_scores_reference, label_scores_triton):
         scores = torch.full((3, 2, CAPACITY), 5.0, device=device)
-        run(*both[0], codes, scales, 16, lengths_on(device), SINKS, RECENT, scores)
+        run(*both[1], codes, scales, 16, lengths_on(device), SINKS, RECENT, scores)
         assert torch.isfinite(scores[1, :, SINKS : 200 - RECENT]).all()
 
 
