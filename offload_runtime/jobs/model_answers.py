@@ -1,5 +1,6 @@
 """An OffloadedModel as a job's model: prompts come and go in the places of one continuous batch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,6 +54,19 @@ class ModelAnswerer:
         if not self.batch.finished:
             self.batch.step()
         return [(finished.key, self._answer(finished)) for finished in self.batch.take_finished()]
+
+    def answer(self, prompts: Sequence[str], max_new_tokens: int, on_stage: OnStage) -> list[Answer]:
+        """Answer prompts, as many at a time as there are places; in order."""
+        waiting, answers, at_work = list(range(len(prompts))), dict[int, Answer](), 0
+        while waiting or at_work:
+            while waiting and at_work < self.places:
+                key = waiting.pop(0)
+                self.start(key, prompts[key], max_new_tokens, on_stage)
+                at_work += 1
+            ready = self.advance()
+            answers.update(ready)
+            at_work -= len(ready)
+        return [answers[key] for key in range(len(prompts))]
 
     def release(self) -> None:
         self.batch = None
