@@ -1,10 +1,9 @@
 """How one sequence's next token is chosen and when it ends, as transformers' generate would have it."""
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -15,7 +14,7 @@ class Chooser:
     depend on which others are decoded beside it.
     """
 
-    processors: LogitsProcessorList
+    processors: Any  # a LogitsProcessorList
     do_sample: bool
     ends: frozenset[int]
     generator: torch.Generator | None = None
@@ -27,16 +26,14 @@ class Chooser:
 
     def choose(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The next token [1] from logits [1, V], after ids [1, n]."""
-        scores = self.processors(
-            cast(torch.LongTensor, ids), cast(torch.FloatTensor, logits.to(torch.float32, copy=True))
-        )
+        scores = self.processors(ids, logits.to(torch.float32, copy=True))
         if not self.do_sample:
             return scores.argmax(-1)
         return torch.multinomial(torch.softmax(scores, -1), 1, generator=self.generator)[:, 0]
 
 
 def make_chooser(
-    model: PreTrainedModel, prompt: torch.Tensor, max_new_tokens: int, seed: int | None, **sampling: Any
+    model: Any, prompt: torch.Tensor, max_new_tokens: int, seed: int | None, **sampling: Any
 ) -> Chooser:
     """What transformers' generate prepares for a 1-D prompt; `sampling` are arguments of generate."""
     prepared: dict[str, Any] = {}
@@ -46,7 +43,7 @@ def make_chooser(
         return input_ids
 
     ids = prompt.to(model.device)[None]
-    cast(Any, model).generate(ids, max_new_tokens=max_new_tokens, custom_generate=prepare, **sampling)
+    model.generate(ids, max_new_tokens=max_new_tokens, custom_generate=prepare, **sampling)
     config = prepared["generation_config"]
     generator = None
     if config.do_sample:

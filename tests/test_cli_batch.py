@@ -191,3 +191,13 @@ def test_another_calibration_is_another_setting(tmp_path: Path) -> None:
     (tmp_path / "other").write_bytes(b"other maps")
     given = calibration_digest(source, RuntimeConfig(calibration=str(tmp_path / "other")))
     assert len({None, own, given}) == 3
+
+
+def test_places_change_only_times_and_order(tmp_path: Path) -> None:
+    job = write_job(tmp_path)
+    lines = []
+    for places in ("1", "3"):
+        output = tmp_path / f"{places}.jsonl"
+        assert run(*job, "--output", str(output), "--places", places)[0] == 1  # one document is empty
+        lines.append(without_times(output).split(b"\n"))
+    assert sorted(lines[0]) == sorted(lines[1])
