@@ -1,19 +1,21 @@
-"""Prefill: attention backends at the Llama-3.1-8B shape, and the whole prefill with --full.
+"""Prefill: attention backends at the Llama-3.1-8B shape, and with --full everything about the first token.
 
-    python -m bench.prefill --out bench/results/prefill.json
-    python -m bench.prefill --full --ctx 131072 --out bench/results/prefill_128k.json
-    python -m bench.prefill --full --snapshot /data/doc --out bench/results/prefill_snapshot.json
+    python -m bench.prefill --out bench/results/prefill_attention.json
+    python -m bench.prefill --full --snapshot /tmp/doc --out bench/results/prefill.json
+    python -m bench.prefill --full --shape toy --contexts 256 512 1024 --snapshot /tmp/toy --out /tmp/toy.json
 
 The first form times ONE layer's attention of a few chunks of the prompt, flash against
-cuDNN; the sum over all chunks is interpolated between those and says so. --full prefills
-random weights (time, memory and agreement, never quality): first and second prompt, a
-second question on the same document, and the last token's logits against transformers'
-own prefill where that fits. --snapshot also saves the document's cache, loads it and asks.
+cuDNN; the sum over all chunks is interpolated between those and says so. --full (with random
+weights: time, memory and agreement, never quality) writes a row for each of: first token at
+every context beside transformers' own prefill, a document saved, loaded and asked, the same
+on an emulated small card, planned against measured, and where the time goes.
+The last form tries --full out on anything, a CPU too.
 """
 
 import argparse
 import itertools
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -21,18 +23,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from bench.machine import machine
+from bench.plan_times import TimesOfPlan
+from bench.prefill_full import PrefillBench
+from bench.prefill_parts import run_document, run_ours, run_profile, run_theirs, run_whole
+from bench.rows import Rows
 from bench.shapes import random_model
-from offload_runtime import OffloadedModel, RuntimeConfig
-from offload_runtime.kernels.split_attention import cudnn_attention, cudnn_is_faster, flash_attention
+from offload_runtime.kernels.split_attention import cudnn_attention, flash_attention
 from offload_runtime.prefill import GPU_CHUNK_TOKENS
+from offload_runtime.prefill_backend import PrefillBackend
 
-SHAPE, LAYERS, HEADS, KV_HEADS, DIM = "llama-3.1-8b", 32, 32, 8, 128
+LAYERS, HEADS, KV_HEADS, DIM = 32, 32, 8, 128  # of Llama-3.1-8B
 REPEATS = 3  # a chunk takes 1 to 100 ms; the spread is in the results
-QUESTION_TOKENS = 64
-COMPARED_TOKENS = 32768  # transformers' prefill with its DynamicCache beside the weights, well within 80 GB
+# In order of worth, since rows that there is no time for are left out.
+PARTS = ("ours", "document", "theirs", "profile", "times", "offloaded", "whole")
 BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"flash": flash_attention, "cudnn": cudnn_attention}
 
 
@@ -56,9 +61,11 @@ def attention(ctx: int, chunk: int) -> dict[str, Any]:
     query = torch.randn(1, chunk, HEADS, DIM, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
     starts = sorted({0, min(chunk, ctx - chunk), (ctx // 2) // chunk * chunk, ctx - chunk})
     before = time.perf_counter()
-    chosen = cudnn_is_faster(0, torch.bfloat16, HEADS, KV_HEADS, DIM)
+    backend = PrefillBackend()
+    backend.choose(torch.zeros_like(rows), HEADS, chunk, ctx)
     report: dict[str, Any] = {
-        "chosen": "cudnn" if chosen else "flash",
+        "chosen": backend.name,
+        "trial_ms": backend.trial,
         "trial_s": time.perf_counter() - before,
         "ctx": ctx,
         "chunk": chunk,
@@ -101,112 +108,52 @@ def interpolate(places: list[int], values: list[float], place: int) -> float:
     return values[-1]
 
 
-def run(
-    om: OffloadedModel, ids: torch.Tensor, weights: int, resume: bool = False
-) -> tuple[dict[str, Any], Any]:
-    """One generate call of 1 new token: figures, and its output with logits."""
-    out = om.generate(
-        ids,
-        max_new_tokens=1,
-        do_sample=False,
-        resume=resume,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    s = om.stats
-    above = s["gpu_prefill_peak_gb"] - weights / 1e9
-    figures = {
-        "tokens": ids.shape[1],
-        "reused": s["reused_tokens"],
-        "ttft_s": s["ttft_s"],
-        "peak_above_weights_gb": above,
+def full(options: argparse.Namespace) -> None:
+    """Rows of one model, each on disk as soon as it is there."""
+    began = time.perf_counter()
+    model = random_model(options.shape, options.contexts[-1] + 1024)
+    head = {"shape": options.shape, "machine": machine(), "model_s": time.perf_counter() - began}
+    rows = Rows(options.out, head, options.seconds - head["model_s"])
+    bench = PrefillBench(model, options.contexts, options.budget, options.card, rows)
+    jobs: dict[str, Callable[[], object]] = {
+        "ours": lambda: run_ours(bench),
+        "document": lambda: run_document(bench, options.snapshot),
+        "theirs": lambda: run_theirs(bench, offloading=False),
+        "profile": lambda: run_profile(bench),
+        "times": lambda: [TimesOfPlan(model, ctx, "2048", rows).add_all() for ctx in options.times_at],
+        "offloaded": lambda: run_theirs(bench, offloading=True),
+        "whole": lambda: run_whole(bench),
     }
-    print(json.dumps(figures), flush=True)
-    return figures, out
-
-
-def full(ctx: int, snapshot: Path | None) -> dict[str, Any]:
-    """The whole prefill: a first prompt, another one, a second question; transformers; a snapshot."""
-    model = random_model(SHAPE, ctx)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    ids = torch.randint(0, 128000, (3, ctx - 2 * QUESTION_TOKENS), device="cuda")
-    document, other = ids[:1], ids[1:2]
-    asked = torch.cat([document, ids[2:, :QUESTION_TOKENS]], 1)
-    report: dict[str, Any] = {"weights_gb": weights / 1e9}
-    with OffloadedModel(model, RuntimeConfig(ctx=ctx)) as om:
-        report["first_prompt"], _ = run(om, other, weights)  # pins host memory and makes attention plans too
-        report["second_prompt"], _ = run(om, document, weights)
-        if snapshot is not None:
-            report["save_s"] = seconds(lambda: om.save_cache(snapshot))
-        report["second_question"], answer = run(om, asked, weights, resume=True)
-    if snapshot is not None:
-        report |= from_snapshot(model, ctx, snapshot, asked, answer, weights)
-    report["against_transformers"] = compare(model, document[:, : min(COMPARED_TOKENS, document.shape[1])])
-    return report
-
-
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def from_snapshot(
-    model: PreTrainedModel, ctx: int, snapshot: Path, asked: torch.Tensor, answer: Any, weights: int
-) -> dict[str, Any]:
-    """Load the document's cache and ask the second question again."""
-    with OffloadedModel(model, RuntimeConfig(ctx=ctx)) as om:
-        load_s = seconds(lambda: om.load_cache(snapshot))
-        figures, again = run(om, asked, weights, resume=True)
-    same = torch.equal(again.sequences, answer.sequences)
-    size = sum(file.stat().st_size for file in snapshot.iterdir())
-    figures |= {"same_tokens": same, "same_logits": torch.equal(again.logits[0], answer.logits[0])}
-    return {
-        "load_s": load_s,
-        "snapshot_gb": size / 1e9,
-        "load_includes": "pinning",
-        "loaded_question": figures,
-    }
-
-
-def compare(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, Any]:
-    """The last token's logits and the time of transformers' own prefill, its cache kept as usual."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    with OffloadedModel(model, RuntimeConfig(ctx=ids.shape[1] + 1)) as om:
-        ours, out = run(om, ids, weights)
-    torch.cuda.reset_peak_memory_stats()
-    held: list[torch.Tensor] = []
-    with torch.no_grad():
-        theirs_s = seconds(lambda: held.append(model(ids, use_cache=True, logits_to_keep=1).logits[:, -1]))
-    peak = torch.cuda.max_memory_allocated() - weights
-    got, expected = out.logits[0].float(), held[0].float()
-    return {
-        "tokens": ids.shape[1], "ours": ours, "transformers_ttft_s": theirs_s,
-        "transformers_peak_above_weights_gb": peak / 1e9,
-        "same_argmax": bool(got.argmax() == expected.argmax()),
-        "largest_difference": float((got - expected).abs().max()), "spread_of_logits": float(expected.std()),
-    }  # fmt: skip
+    for part in options.parts:
+        jobs[part]()
+    if options.snapshot is not None:
+        shutil.rmtree(options.snapshot, ignore_errors=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--ctx", type=int, default=262144)
-    parser.add_argument("--chunk", type=int, default=GPU_CHUNK_TOKENS)
-    parser.add_argument("--full", action="store_true", help="the whole model's prefill too")
-    parser.add_argument("--snapshot", type=Path, help="with --full: save, load and ask from this directory")
+    parser.add_argument("--ctx", type=int, default=262144, help="of the attention alone")
+    parser.add_argument("--chunk", type=int, default=GPU_CHUNK_TOKENS, help="of the attention alone")
+    parser.add_argument("--full", action="store_true", help="the whole model's prefill")
+    parser.add_argument("--shape", default="llama-3.1-8b")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[32768, 65536, 131072, 262144])
+    parser.add_argument("--budget", default="1/16")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--snapshot", type=Path, help="directory to save the longest document's cache to")
+    parser.add_argument("--card", type=float, default=24.0, help="GB of the small card")
+    parser.add_argument("--times-at", type=int, nargs="*", default=[32768, 131072])
+    parser.add_argument("--seconds", type=float, default=360.0, help="rows that would end later are left out")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    if options.full:
+        full(options)
+        return
     if not torch.cuda.is_available():
-        raise SystemExit("bench.prefill needs a CUDA GPU")
-    report: dict[str, Any] = {"shape": SHAPE, "machine": machine()}
-    report["attention"] = attention(options.ctx, options.chunk)
+        raise SystemExit("bench.prefill without --full needs a CUDA GPU")
+    report: dict[str, Any] = {"machine": machine(), "attention": attention(options.ctx, options.chunk)}
     for name, backend in report["attention"]["backends"].items():
         whole_s, rate = backend["all_layers_all_chunks_s"], backend["tflop_s"]
         print(f"{name}: {whole_s:.1f} s, {rate:.0f} TFLOP/s (interpolated)", flush=True)
-    if options.full:
-        torch.cuda.empty_cache()
-        report["full"] = full(options.ctx, options.snapshot)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))

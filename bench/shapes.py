@@ -16,6 +16,11 @@ from transformers import (
 def shape_config(name: str, positions: int) -> PretrainedConfig:
     """The config of a published model, its trained positions stretched to `positions`."""
     common: dict[str, Any] = {"max_position_embeddings": positions}
+    if name == "toy":  # to try a benchmark out, on a CPU too
+        return LlamaConfig(
+            vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=8,
+            num_attention_heads=4, num_key_value_heads=2, **common,
+        )  # fmt: skip
     if name == "llama-3.1-8b":
         return LlamaConfig(
             vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
@@ -41,12 +46,12 @@ def shape_config(name: str, positions: int) -> PretrainedConfig:
 
 
 def random_model(name: str, positions: int) -> PreTrainedModel:
-    """A bf16 model of that shape on the GPU, weights drawn with a fixed seed."""
+    """A bf16 model of that shape on the GPU (the toy on a CPU without one), drawn with a fixed seed."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("cuda"):
+        with torch.device("cpu" if name == "toy" and not torch.cuda.is_available() else "cuda"):
             return AutoModelForCausalLM.from_config(shape_config(name, positions)).eval()
     finally:
         torch.set_default_dtype(before)

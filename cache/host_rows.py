@@ -33,7 +33,11 @@ class HostRows:
     def _allocate(self, pin: bool) -> torch.Tensor:
         if pin:
             return pinned_empty(self.shape, self.dtype)
-        return torch.empty(self.shape, dtype=self.dtype)
+        try:
+            return torch.empty(self.shape, dtype=self.dtype)
+        except RuntimeError as error:  # what PyTorch makes of a failed allocation on the CPU
+            size = torch.Size(self.shape).numel() * self.dtype.itemsize
+            raise MemoryError(f"cannot allocate {size / 1e9:.2f} GB of host memory for KV rows") from error
 
     @property
     def rows(self) -> torch.Tensor:

@@ -76,6 +76,10 @@ class LayerCache:
         if self.previous is not None:
             self.previous.clear_place(place)
 
+    def make_slots(self) -> None:
+        """Allocate the slots unless they exist."""
+        _ = self.resident.slots
+
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store the current token: key and value [B, Hkv, D] to slots and host, its label to the cache."""
         lengths, resident = self.state.lengths, self.resident

@@ -12,16 +12,19 @@ class ResidentSet:
     first tokens, the next `recent` are a ring, the rest are given out by
     kernels/residency.py. slot_of_token and token_in_slot number the resident
     slots from 0; -1 means none.
+
+    The slots exist from their first use until release(): a long prefill takes
+    their memory for its own work (at a budget of 1/16 of 262,144 tokens they are
+    4.3 GB in the Llama-3.1-8B shape).
     """
 
     def __init__(self, layout: KVLayout, device: torch.device) -> None:
         heads = (layout.batch, layout.kv_heads)
         self.sinks, self.recent = layout.sinks, layout.recent
-        self.slots = torch.empty(
-            (*heads, layout.fixed_slots + layout.slots, layout.row_elements),
-            dtype=layout.dtype,
-            device=device,
-        )
+        self.shape = (*heads, layout.fixed_slots + layout.slots, layout.row_elements)
+        self.dtype, self.device = layout.dtype, device
+        self._slots: torch.Tensor | None = None
+        self._waiting: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of each sequence: places, rows
 
         def integers(size: int, value: int) -> torch.Tensor:
             return torch.full((*heads, size), value, dtype=torch.int32, device=device)
@@ -30,6 +33,21 @@ class ResidentSet:
         self.token_in_slot = integers(layout.slots, -1)
         self.stamps = integers(layout.slots, -1)
         self.hand = torch.zeros(heads, dtype=torch.int32, device=device)
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """[B, Hkv, places, row]; the same tensor until release()."""
+        if self._slots is None:
+            self._slots = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            for sequence, (places, rows) in self._waiting.items():
+                self._slots[sequence][:, places] = rows
+            self._waiting.clear()
+        return self._slots
+
+    def release(self) -> None:
+        """Free the slots and forget what is in them; a captured graph that uses them is void."""
+        self._slots = None
+        self.clear()
 
     def clear(self) -> None:
         """Forget which rows are resident; their slots become free."""
@@ -43,12 +61,20 @@ class ResidentSet:
         for mapping in (self.slot_of_token, self.token_in_slot, self.stamps):
             mapping[place].fill_(-1)
         self.hand[place].zero_()
+        self._waiting.pop(place, None)
 
     def load_fixed(self, sequence: int, rows: torch.Tensor) -> None:
-        """Fill one sequence's sinks and ring from its rows [Hkv, S, row] after prefill."""
+        """Fill one sequence's sinks and ring from its rows [Hkv, S, row] after prefill.
+
+        They are kept aside while there are no slots.
+        """
         length = rows.shape[1]
-        slots = self.slots[sequence]  # [Hkv, sinks + recent + n_slots, row]
-        slots[:, : min(self.sinks, length)] = rows[:, : self.sinks]
         first = min(max(self.sinks, length - self.recent), length)
-        positions = torch.arange(first, length, device=rows.device)
-        slots[:, self.sinks + positions % self.recent] = rows[:, positions]
+        sinks = torch.arange(min(self.sinks, length), device=rows.device)
+        latest = torch.arange(first, length, device=rows.device)
+        positions = torch.cat([sinks, latest])
+        places = torch.cat([sinks, self.sinks + latest % self.recent])
+        if self._slots is None:
+            self._waiting[sequence] = places, rows[:, positions]  # [Hkv, sinks + recent, row]
+        else:
+            self._slots[sequence][:, places] = rows[:, positions]

@@ -8,12 +8,12 @@ CUDA graph captures it.
 """
 
 import functools
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from .cuda_source import compile_source, runs_hopper_source, shared_limit
 
 THREADS = 96  # as in gather_bulk.cu
 STAGE_BYTES = 16 * 1024  # a group: 32 rows of 512 B, one a lane
@@ -25,11 +25,7 @@ TOUCH_STRIDE_BYTES = 2 << 20  # the GPU's large page
 
 def gather_bulk_available(device: torch.device, row_bytes: int) -> bool:
     """Whether gather_rows_bulk runs on this device for rows of this size."""
-    if device.type != "cuda" or row_bytes % 64 or not 64 <= row_bytes <= STAGE_BYTES:
-        return False
-    if importlib.util.find_spec("cupy") is None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] >= 9
+    return row_bytes % 64 == 0 and 64 <= row_bytes <= STAGE_BYTES and runs_hopper_source(device)
 
 
 def gather_rows_bulk(
@@ -91,8 +87,7 @@ def compiled(row_bytes: int, ring_bytes: int, device_index: int) -> tuple[Any, i
     """(kernel, dynamic shared memory of a CTA): all that an SM has, so that no other CTA shares the SM."""
     import cupy
 
-    properties = torch.cuda.get_device_properties(device_index)
-    limit = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    limit = shared_limit(torch.device("cuda", device_index))
     with cupy.cuda.Device(device_index):
         kernel = build(row_bytes, min(ring_bytes, limit - OTHER_BYTES))
         kernel.max_dynamic_shared_size_bytes = limit
@@ -101,11 +96,7 @@ def compiled(row_bytes: int, ring_bytes: int, device_index: int) -> tuple[Any, i
 
 def build(row_bytes: int, ring_bytes: int) -> Any:
     """Compile the CUDA source for one row size."""
-    import cupy
-
     group = min(STAGE_BYTES // row_bytes, 32)
     stages = max(ring_bytes // (group * row_bytes), 2)
     defines = {"ROW_BYTES": row_bytes, "GROUP": group, "STAGES": stages}
-    options = ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items()))
-    source = Path(__file__).with_name("gather_bulk.cu").read_text()
-    return cupy.RawModule(code=source, options=options).get_function("gather_bulk")
+    return compile_source(("gather_bulk.cu",), "gather_bulk", defines)

@@ -119,7 +119,7 @@ def make_labels_triton(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # one compilation for chunks of any length
 def _make_labels_kernel(
     keys, key_map, key_mean, starts, codes, scales,
     keys_b, keys_h, keys_t, codes_b, codes_h, scales_b, scales_h, tokens,

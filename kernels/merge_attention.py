@@ -12,40 +12,56 @@ import triton.language as tl
 
 
 def merge_attention(
-    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    other: torch.Tensor,
+    other_lse: torch.Tensor,
+    into: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Merge `other` into `out`, in place; shapes as in merge_attention_reference."""
+    """Merge `out` and `other` into `into` (default out); shapes as in merge_attention_reference."""
     run = merge_attention_triton if out.is_cuda else merge_attention_reference
-    return run(out, lse, other, other_lse)
+    return run(out, lse, other, other_lse, into)
 
 
 def merge_attention_reference(
-    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    other: torch.Tensor,
+    other_lse: torch.Tensor,
+    into: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """out and other [1, Hq, T, D], lse and other_lse [1, Hq, T] float32, natural logarithms; returns out."""
+    """out, other, into [1, Hq, T, D] of any float types, lse and other_lse [1, Hq, T] float32, natural
+    logarithms; returns into."""
     share = torch.sigmoid(other_lse - lse)[..., None]  # other's share of the softmax, [1, Hq, T, 1]
-    return out.copy_(out.float() + share * (other.float() - out.float()))
+    into = out if into is None else into
+    return into.copy_(out.float() + share * (other.float() - out.float()))
 
 
 def merge_attention_triton(
-    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    other: torch.Tensor,
+    other_lse: torch.Tensor,
+    into: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    into = out if into is None else into
     _, heads, count, dim = out.shape
-    assert out.stride(3) == other.stride(3) == 1
+    assert out.stride(3) == other.stride(3) == into.stride(3) == 1
     block = 32  # 32 rows of 128 bf16 numbers: 8 KiB of each input a program
     _merge_kernel[(triton.cdiv(count, block), heads)](
-        out, lse, other, other_lse, count,
+        out, lse, other, other_lse, into, count,
         out.stride(1), out.stride(2), lse.stride(1), lse.stride(2),
         other.stride(1), other.stride(2), other_lse.stride(1), other_lse.stride(2),
+        into.stride(1), into.stride(2),
         DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK=block, num_warps=4,
     )  # fmt: skip
-    return out
+    return into
 
 
 @triton.jit
 def _merge_kernel(
-    out, lse, other, other_lse, count,
-    out_h, out_t, lse_h, lse_t, other_h, other_t, other_lse_h, other_lse_t,
+    out, lse, other, other_lse, into, count,
+    out_h, out_t, lse_h, lse_t, other_h, other_t, other_lse_h, other_lse_t, into_h, into_t,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(1).to(tl.int64)
@@ -62,4 +78,5 @@ def _merge_kernel(
     b_out = tl.load(p_out, mask=mask, other=0.0).to(tl.float32)  # [BLOCK, D]
     b_other = tl.load(p_other, mask=mask, other=0.0).to(tl.float32)
     merged = b_out + share[:, None] * (b_other - b_out)
-    tl.store(p_out, merged.to(out.dtype.element_ty), mask=mask)
+    p_into = into + i_h * into_h + o_t[:, None] * into_t + o_d[None, :]
+    tl.store(p_into, merged.to(into.dtype.element_ty), mask=mask)

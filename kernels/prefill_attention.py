@@ -1,12 +1,12 @@
 """Exact causal attention of one chunk of queries over all keys before and in it.
 
 Nothing of size S x S: the reference walks the keys in blocks with a running
-softmax, the CUDA path is flash attention or cuDNN (split_attention.py).
+softmax, the CUDA path is whatever attention the caller found fastest (attention_trial.py).
 """
 
 import torch
 
-from .split_attention import fastest_attention
+from .split_attention import Attention, flash_attention
 
 KEY_BLOCK = 2048  # keys a step of the reference: [Hq, T, block] logits stay small against the weights
 
@@ -63,9 +63,10 @@ def prefill_attention(
     window: int = 0,
     softcap: float = 0.0,
     sink_logits: torch.Tensor | None = None,
+    attention: Attention = flash_attention,
 ) -> torch.Tensor:
-    """prefill_attention_reference, or flash attention or cuDNN on CUDA where they have what it takes."""
+    """prefill_attention_reference; on CUDA `attention` where neither window, softcap nor sinks are wanted."""
     plain = not window and not softcap and sink_logits is None
     if not (query.is_cuda and plain and query.dtype in (torch.bfloat16, torch.float16)):
         return prefill_attention_reference(query, rows, scale, window, softcap, sink_logits)
-    return fastest_attention(query, rows, scale).transpose(1, 2)
+    return attention(query, rows, scale).transpose(1, 2)

@@ -9,6 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .cuda_source import runs_hopper_source
+from .resolve_cluster import resolve_in_clusters
+
 # counters [sequence, phase, what]: phase 0 is the prediction, 1 the true selection.
 SELECTED, HITS, FROM_PREDICTION = 0, 1, 2
 
@@ -171,7 +174,9 @@ def resolve(
     counters: torch.Tensor,
 ) -> None:
     """resolve_reference, on the GPU where the selection is there."""
-    run = resolve_triton if tokens.is_cuda else resolve_reference
+    run = resolve_reference
+    if tokens.is_cuda:
+        run = resolve_in_clusters if runs_hopper_source(tokens.device) else resolve_triton
     run(
         tokens, counts, slot_of_token, token_in_slot, stamps, hand, step, phase,
         miss_tokens, miss_slots, miss_counts, counters,

@@ -8,12 +8,12 @@ scores.label_scores and topk.select_topk or sticky.sticky_topk do the same work.
 
 import ctypes
 import functools
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from .cuda_source import compile_source, runs_hopper_source, shared_limit
 
 SOURCES = ("cluster.cuh", "label_mma.cuh", "select_cluster.cu")  # one text, in this order
 THREADS = 512  # as in select_cluster.cu
@@ -23,14 +23,11 @@ STATIC_BYTES = 28 * 1024  # struct Shared, at most (8 CTAs: 27,808 bytes by ptxa
 
 def cluster_select_available(device: torch.device, capacity: int) -> bool:
     """Whether the cluster kernel can select from `capacity` tokens on this device."""
-    if device.type != "cuda" or importlib.util.find_spec("cupy") is None:
+    if not runs_hopper_source(device):
         return False
-    properties = torch.cuda.get_device_properties(device)
-    if properties.major < 9:
-        return False
-    largest = 16 if properties.major in (9, 10) else 8  # sm_120 has no clusters of 16
-    limit = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    return dynamic_bytes(capacity, largest, True) + STATIC_BYTES <= limit
+    major = torch.cuda.get_device_capability(device)[0]
+    largest = 16 if major in (9, 10) else 8  # sm_120 has no clusters of 16
+    return dynamic_bytes(capacity, largest, True) + STATIC_BYTES <= shared_limit(device)
 
 
 def dynamic_bytes(capacity: int, cluster: int, sticky: bool) -> int:
@@ -90,11 +87,13 @@ def compiled(
     """(kernel, CTAs a cluster): 16 where the device can place such a cluster, else 8."""
     import cupy
 
+    limit = shared_limit(torch.device("cuda", device_index))
     with cupy.cuda.Device(device_index):
         for cluster in (16, 8):
             kernel = build(channels, bits, group, sticky, cluster)
             size = dynamic_bytes(capacity, cluster, sticky)
-            kernel.max_dynamic_shared_size_bytes = size
+            # CuPy gives every capacity the same function, so the limit must hold for all of them.
+            kernel.max_dynamic_shared_size_bytes = limit - kernel.shared_size_bytes
             if cluster > 8:
                 cupy.cuda.driver.funcSetAttribute(kernel.kernel.ptr, NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
             if active_clusters(kernel.kernel.ptr, cluster, size) > 0:
@@ -104,8 +103,6 @@ def compiled(
 
 def build(channels: int, bits: int, group: int, sticky: bool, cluster: int) -> Any:
     """Compile the CUDA source for one label format."""
-    import cupy
-
     words = max(1, channels * bits // 128)  # 32-bit words a lane holds of one token
     # Two steps of 4 tokens a lane in flight and two more behind them, within 64 registers for
     # the usual labels, so that two CTAs fit an SM; wide labels fill the registers as they are.
@@ -120,9 +117,7 @@ def build(channels: int, bits: int, group: int, sticky: bool, cluster: int) -> A
         "PREFETCH": int(narrow),
         "RESIDENT": 2 if narrow and group <= 4 else 1,
     }
-    options = ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items()))
-    source = "".join(Path(__file__).with_name(name).read_text() for name in SOURCES)
-    return cupy.RawModule(code=source, options=options).get_function("select_cluster")
+    return compile_source(SOURCES, "select_cluster", defines)
 
 
 class LaunchConfig(ctypes.Structure):

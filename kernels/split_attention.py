@@ -1,27 +1,28 @@
-"""Prefill attention in two parts: a chunk's queries over the keys before it, and causally over its own.
+"""Prefill attention in parts: a chunk's queries over pieces of the keys before it, and causally over its own.
 
 cuDNN's causal mask is aligned to the first key, so a chunk in the middle of a prompt
-needs the split; both parts are merged by their log-sum-exps. cuDNN takes grouped
+needs the split; the parts are merged by their log-sum-exps. cuDNN takes grouped
 query heads as they are: keys are never copied.
+
+cuDNN makes a plan for every new shape, reported at 42 ms (pytorch PR 191576) to 400 ms
+(sglang PR 4650). So the keys before a chunk are not one part, whose length would be new
+for every chunk, but pieces of 1, 2, 4, ... chunks: 262,144 tokens in chunks of 4,096 need
+8 plans instead of 64.
 """
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 
 from .merge_attention import merge_attention
 
-# Fewer queries than this take no noticeable time, and every new shape costs cuDNN a plan.
-LEAST_TOKENS = 1024
-# Trial inputs: small and odd for agreement; for time, long enough to fill a GPU (about 1 ms on an H100).
-AGREE_TOKENS, AGREE_PREFIX = 1027, 517
-TIMED_TOKENS, TIMED_PREFIX, TIMED_RUNS = 2048, 16384, 5
-# Two kernels round softmax weights at other places: two roundings of the type at most, in the mean.
-TRIAL_ROUNDINGS = 2
+# Fewer keys than this take no noticeable time, and cuDNN need not have a plan for them.
+LEAST_KEYS = 1024
 
 # (query [1, Hq, T, D], key and value [1, Hkv, S, D], scale, causal) -> (output as query, lse [1, Hq, T])
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, bool], tuple[torch.Tensor, torch.Tensor]]
+# (query [1, Hq, T, D], rows [Hkv, E, >= 2 D], scale) -> output as query: the last T of E positions attend
+Attention = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
 def attend_reference(
@@ -49,82 +50,57 @@ def attend_cudnn(
     return out, lse.view(query.shape[:3])  # [1, Hq, T, 1] to [1, Hq, T]
 
 
+def attend_flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PyTorch's flash attention, whose causal mask is aligned to the last key."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(
+        query, key, value, 0.0, causal, False, scale=scale
+    )[:2]
+
+
+def attend_cudnn_or_flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    attend = attend_cudnn if key.shape[2] >= LEAST_KEYS else attend_flash
+    return attend(query, key, value, scale, causal)
+
+
+def prefix_pieces(prefix: int, count: int) -> list[tuple[int, int]]:
+    """Cut `prefix` keys into (start, end): what is no whole chunk of `count`, then 1, 2, 4, ... chunks."""
+    start = prefix % count
+    pieces = [(0, start)] if start else []
+    chunks = prefix // count
+    for power in range(chunks.bit_length()):
+        if chunks >> power & 1:
+            pieces.append((start, start + (count << power)))
+            start = pieces[-1][1]
+    return pieces
+
+
 def split_attention(query: torch.Tensor, rows: torch.Tensor, scale: float, attend: Attend) -> torch.Tensor:
     """Attend with the last T of E positions: query [1, Hq, T, D], rows [Hkv, E, >= 2 D]; as query."""
     count, dim = query.shape[2:]
-    start = rows.shape[1] - count
+    before = rows.shape[1] - count
     keys, values = rows[None, :, :, :dim], rows[None, :, :, dim : 2 * dim]
-    out, lse = attend(query, keys[:, :, start:], values[:, :, start:], scale, True)
-    if start == 0:
-        return out
-    before, before_lse = attend(query, keys[:, :, :start], values[:, :, :start], scale, False)
-    return merge_attention(out, lse, before, before_lse)
+    out, lse = attend(query, keys[:, :, before:], values[:, :, before:], scale, True)
+    pieces = prefix_pieces(before, count)
+    total = out  # what is merged so far; float32 between merges, so that it is rounded once
+    for index, (start, end) in enumerate(pieces):
+        other, other_lse = attend(query, keys[:, :, start:end], values[:, :, start:end], scale, False)
+        last = index == len(pieces) - 1
+        into = out if last else torch.empty_like(out, dtype=torch.float32) if index == 0 else total
+        total = merge_attention(total, lse, other, other_lse, into)
+        if not last:
+            lse = torch.logaddexp(lse, other_lse)
+    return total
 
 
 def cudnn_attention(query: torch.Tensor, rows: torch.Tensor, scale: float) -> torch.Tensor:
-    return split_attention(query, rows, scale, attend_cudnn)
+    return split_attention(query, rows, scale, attend_cudnn_or_flash)
 
 
 def flash_attention(query: torch.Tensor, rows: torch.Tensor, scale: float) -> torch.Tensor:
-    """PyTorch's flash attention, whose causal mask is aligned to the last key."""
     dim = query.shape[-1]
     keys, values = rows[None, :, :, :dim], rows[None, :, :, dim : 2 * dim]
-    return torch.ops.aten._scaled_dot_product_flash_attention(
-        query, keys, values, 0.0, True, False, scale=scale
-    )[0]
-
-
-def fastest_attention(query: torch.Tensor, rows: torch.Tensor, scale: float) -> torch.Tensor:
-    """Whichever of the two is faster on this GPU at this shape of heads; flash where cuDNN fails."""
-    heads, kv_heads, dim = query.shape[1], rows.shape[0], query.shape[3]
-    long = query.shape[2] >= LEAST_TOKENS
-    if long and cudnn_is_faster(query.device.index or 0, query.dtype, heads, kv_heads, dim):
-        try:
-            return cudnn_attention(query, rows, scale)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except RuntimeError:  # a length that cuDNN has no plan for: flash attention has no such limit
-            return flash_attention(query, rows, scale)
-    return flash_attention(query, rows, scale)
-
-
-@cache
-def cudnn_is_faster(index: int, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> bool:
-    """One trial a GPU, type and shape of heads: cuDNN must agree with flash, then beat it."""
-    device = torch.device("cuda", index)
-    generator = torch.Generator(device).manual_seed(0)
-
-    def draw(tokens: int, prefix: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-        query = torch.randn(1, tokens, heads, dim, generator=generator, device=device, dtype=dtype)
-        shape = (kv_heads, prefix + tokens, 2 * dim)
-        rows = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-        rows[:, prefix:, dim:] += 1  # so that a wrong merge shows in every number
-        return query.transpose(1, 2), rows, dim**-0.5
-
-    try:
-        trial = draw(AGREE_TOKENS, AGREE_PREFIX)
-        expected, got = flash_attention(*trial).float(), cudnn_attention(*trial).float()
-        rounding = TRIAL_ROUNDINGS * torch.finfo(dtype).eps
-        if not (got - expected).abs().mean() <= rounding * expected.abs().mean():  # NaN fails too
-            return False
-        trial = draw(TIMED_TOKENS, TIMED_PREFIX)
-        return shortest_ms(cudnn_attention, trial) < shortest_ms(flash_attention, trial)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        return False
-
-
-def shortest_ms(
-    attention: Callable[..., torch.Tensor], trial: tuple[torch.Tensor, torch.Tensor, float]
-) -> float:
-    """Milliseconds of the fastest of a few runs, after one that makes the plan."""
-    times = []
-    for _ in range(1 + TIMED_RUNS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        attention(*trial)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return min(times[1:])
+    return attend_flash(query, keys, values, scale, True)[0]

@@ -8,14 +8,14 @@ run on this layer's input until it hands over its query.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from .architectures import layer_windows, length_rotary, rotary_kinds
+from .architectures import length_rotary, rotary_kinds
 from .errors import UserError
 from .model_check import check_config
 
@@ -86,7 +86,8 @@ class ModelAdapter:
     """A transformers causal LM seen as a list of decoder layers with attention modules."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        check_config(model.config)
+        # The sizes, as the plan reads them; the dtype is the loaded one's.
+        self.shape = replace(check_config(model.config), dtype=model.dtype)
         self.model = model
         self.base = model.get_decoder()
         layers = getattr(self.base, "layers", None)
@@ -99,14 +100,10 @@ class ModelAdapter:
         self.attentions: list[Any] = [layer.self_attn for layer in self.layers]
         norms = [getattr(self.base, name) for name in FINAL_NORMS if hasattr(self.base, name)]
         self.final_norm: nn.Module | None = norms[0] if norms else None
+        self.query_heads, self.kv_heads = self.shape.query_heads, self.shape.kv_heads
+        self.head_dim, self.windows = self.shape.head_dim, self.shape.windows
         config = model.config.get_text_config(decoder=True)
-        self.query_heads: int = config.num_attention_heads
-        self.kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self.head_dim: int = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
         self.trained_positions: int = getattr(config, "max_position_embeddings", 0) or 0
-        self.windows = layer_windows(model.config)
         self.rotary_kinds = rotary_kinds(model.config)
         self.rotary_tables: dict[str, Any] = {}  # of the step at work, where they differ by layer
         self.length_rotary = length_rotary(self.base, model.config)

@@ -75,6 +75,7 @@ def generate(
     calibration: opt.CalibrationFile = None,
     seed: opt.Seed = None,
     placement: opt.Placement = None,
+    gpu_memory: opt.GpuMemory = None,
     fit: opt.Fit = False,
     save_cache: opt.SaveCache = None,
     load_cache: opt.LoadCache = None,

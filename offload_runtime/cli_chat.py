@@ -113,6 +113,10 @@ class Chat:
 
     def ask(self, question: str) -> None:
         """UserError when the conversation has outgrown ctx."""
+        with self.interruptible:
+            self._ask(question)
+
+    def _ask(self, question: str) -> None:
         content = question if self.messages else self.document + question
         messages = [*self.messages, {"role": "user", "content": content}]
         tokenizer, ctx = self.model.tokenizer, self.model.config.ctx
@@ -126,7 +130,8 @@ class Chat:
 
     def _stream(self, ids: torch.Tensor, new_tokens: int) -> str | None:
         """The answer's text, as far as it came; None when it was stopped before its first token."""
-        with self.interruptible as stop, Working(self.console, "reading") as bar:
+        stop = self.interruptible
+        with Working(self.console, "reading") as bar:
 
             def on_prefill(done: int, total: int) -> None:
                 stop.during_prefill()

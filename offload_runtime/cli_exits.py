@@ -28,6 +28,8 @@ def clean_exit() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
     except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):  # how PyTorch reports a failed allocation on the CPU
+            fail("out of host memory; lower --ctx, or free memory (`ds-offload plan`)", RUN_ERROR)
         if type(error).__name__ != "OutOfMemoryError":  # torch's, named so that torch need not be imported
             raise
         fail(

@@ -12,7 +12,7 @@ from .config import RuntimeConfig
 from .engine import OffloadedModel
 from .fitting import fit
 from .loading import QUANTISERS, quantisation, read_config, scale_rope
-from .memory import measure
+from .memory import limit_gpu, measure
 from .model_check import check_config, check_label_channels, config_note, position_warning
 from .planner import Plan, make_plan
 from .weights import Weights, count_weights
@@ -65,6 +65,7 @@ def fitted_plan(
     if warning:
         warn(warning)
     dtype = None if source.dtype is None else getattr(torch, source.dtype)
+    limit_gpu(str(place), config.gpu_memory)
     free, weights = measure(str(place)), weights_of(source, model)
 
     def plan(trial: RuntimeConfig) -> Plan:

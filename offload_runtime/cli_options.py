@@ -41,6 +41,9 @@ Placement = Annotated[
     str | None,
     typer.Option(help="Where KV rows are kept: host, gpu, or auto (gpu if they fit). [default: host]"),
 ]
+GpuMemory = Annotated[
+    float | None, typer.Option(help="GB of GPU memory to use at most, as if the card had no more.")
+]
 Fit = Annotated[
     bool, typer.Option("--fit", help="Shrink slots, then label bits, then the budget until it fits.")
 ]
@@ -80,6 +83,7 @@ SETTINGS = (
     "calibration",
     "seed",
     "placement",
+    "gpu_memory",
 )
 DTYPES = ("bfloat16", "float16", "float32")
 

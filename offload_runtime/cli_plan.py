@@ -12,12 +12,13 @@ from .cli_model import config_of, weights_of
 from .cli_options import ModelSource
 from .config import make_config
 from .console import table_console
+from .doctor_gpu import copy_rate, gather_rate
 from .engine import with_choice
 from .errors import UserError
 from .memory import FreeMemory, measure
 from .model_check import check_config, check_label_channels, position_warning
 from .planner import Plan, make_plan
-from .speed import Rates, Times, predict
+from .speed import Rates, Times, Traffic, predict
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,29 @@ def run_plan(request: PlanRequest) -> None:
     dtype = getattr(torch, source.dtype) if source.dtype else None
     free = free_memory(request)
     plan = make_plan(config, model_config, free, device, batch=request.batch, dtype=dtype, weights=weights)
-    rates = Rates()
-    times = predict(plan, weights, rates, config.new_rows, request.miss_rate) if device == "cuda" else None
+    rates = rates_here(source.device)
+    traffic = Traffic(config.prefetch, config.new_rows, request.miss_rate)
+    times = predict(plan, weights, rates, traffic) if device == "cuda" else None
     if request.as_json:
         print(json.dumps(as_dict(plan, times, rates)))
         return
     print_tables(plan, times, rates, source.name_or_path)
+
+
+def rates_here(device: str) -> Rates:
+    """The default rates; the link's is measured where there is a GPU to measure it on."""
+    rates = Rates()
+    if device == "cpu" or not torch.cuda.is_available():
+        return replace(rates, origin=f"{rates.origin}; the link's is assumed too, no GPU here")
+    try:
+        measured, gather = copy_rate(), gather_rate()
+    except MemoryError as error:
+        warn(f"the link's rate is assumed, not measured: {error}")
+        return rates
+    origin = f"{rates.origin}; but the link's, {measured / 1e9:.1f} GB/s by a copy here"
+    # A gather out of little memory; out of much it is slower, which the default ratio says better.
+    ratio = min(gather / measured, 1.0)
+    return replace(rates, origin=origin, link_bytes_s=measured, dense_gather=min(rates.dense_gather, ratio))
 
 
 def free_memory(request: PlanRequest) -> FreeMemory:
@@ -80,11 +98,13 @@ def print_tables(plan: Plan, times: Times | None, rates: Rates, name: str) -> No
         return
     speed = Table("predicted", "time", title="times by arithmetic, not measured")
     speed.add_row("TTFT", f"{times.ttft:.1f} s")
-    fits = {None: "", True: "", False: " (does not fit this GPU)"}[times.dense_fits]
-    speed.add_row("TPOT, all KV on the GPU, dense" + fits, f"{1e3 * times.dense_tpot:.1f} ms")
-    speed.add_row("TPOT, all KV on the GPU, sparse" + fits, f"{1e3 * times.sparse_tpot:.1f} ms")
+    words = {None: "", True: "", False: " (does not fit this GPU)"}
+    dense, sparse = words[times.dense_fits], words[times.sparse_fits]
+    speed.add_row("TPOT, all KV on the GPU, dense" + dense, f"{1e3 * times.dense_tpot:.1f} ms")
+    speed.add_row("TPOT, all KV on the GPU, sparse" + sparse, f"{1e3 * times.sparse_tpot:.1f} ms")
     speed.add_row(f"TPOT, offloaded, {times.miss_rate:.0%} missed", f"{1e3 * times.offload_tpot:.1f} ms")
     console.print(speed)
+    console.print(f"best here: {times.best}, {times.why}", highlight=False)
     console.print(f"rates of {rates.origin}; other GPUs differ", style="dim", highlight=False)
 
 
@@ -96,6 +116,7 @@ def as_dict(plan: Plan, times: Times | None, rates: Rates) -> dict[str, Any]:
         "budget": plan.budget,
         "device": plan.device,
         "placement": plan.placement,
+        "chunk_tokens": plan.chunk_tokens,
         "needs_bytes": asdict(plan.needs),
         "gpu_bytes": plan.gpu_bytes,
         "host_bytes": plan.host_bytes,
@@ -103,6 +124,7 @@ def as_dict(plan: Plan, times: Times | None, rates: Rates) -> dict[str, Any]:
         "fits": plan.fits,
         "largest_ctx": plan.largest_ctx,
         "largest_budget": plan.largest_budget,
+        "largest_batch": plan.largest_batch,
         "predicted_s": None if times is None else asdict(times),
         "rates": asdict(rates),
     }

@@ -34,6 +34,7 @@ class RuntimeConfig:
     placement: where the rows are: "host" (pinned memory), "gpu", or "auto", which keeps
         them on the GPU when the plan fits there. On a CPU it means nothing.
     fit: when the plan does not fit, shrink slots, then label bits, then the budget.
+    gpu_memory: GB (1e9 bytes) of GPU memory to use at most, as if the card had no more; default all.
     audit_every: N compares every N-th decode step with exact attention (audit.py); None is off.
     """
 
@@ -52,6 +53,7 @@ class RuntimeConfig:
     cuda_graph: bool = True
     placement: str = "host"
     fit: bool = False
+    gpu_memory: float | None = None
     audit_every: int | None = None
 
     def __post_init__(self) -> None:
@@ -69,6 +71,8 @@ class RuntimeConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
+        if self.gpu_memory is not None and self.gpu_memory <= 0:
+            raise UserError(f"gpu_memory is {self.gpu_memory}; it must be above 0")
         self.budget_tokens(self.ctx)
 
     def budget_tokens(self, tokens: int) -> int:

@@ -59,7 +59,14 @@ class DecodeLoop:
         assert self.logits is not None
         return self.logits
 
+    def forget_graph(self) -> None:
+        """The next step is captured anew: tensors that the graph used are gone."""
+        self.graph = self.logits = None
+
     def _capture(self) -> None:
+        for cache in self.caches:
+            if isinstance(cache, LayerCache):
+                cache.make_slots()  # here, or replays would make them again
         graph = torch.cuda.CUDAGraph()
         with self._experts(), torch.cuda.graph(graph, stream=self.prefetcher.capture_stream):
             self.logits = self._forward()

@@ -76,6 +76,13 @@ def rate_findings(nominal: float | None) -> Iterator[Finding]:
     yield judge("zero-copy gather, 512-byte rows", gather_rate(), nominal)
 
 
+def copy_rate() -> float:
+    """Bytes a second of a copy from pinned host memory to the GPU; MemoryError when none can be pinned."""
+    host = pinned_empty((COPY_BYTES,), torch.uint8)
+    device = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    return COPY_BYTES / seconds(lambda: device.copy_(host, non_blocking=True))
+
+
 def judge(name: str, rate: float, nominal: float | None) -> Finding:
     low = nominal is not None and rate < LOW_SHARE * nominal
     of = f" ({rate / nominal:.0%} of the link's {nominal / GB:.0f} GB/s)" if nominal else ""

@@ -1,5 +1,6 @@
 """OffloadedModel: a transformers causal LM that decodes with its KV cache in host memory."""
 
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,12 @@ from .arguments import pad_left, refuse_unsupported
 from .calibration import Calibration
 from .config import RuntimeConfig, make_config
 from .continuous import ContinuousBatch
+from .devices import choose_device, free_unused
 from .errors import RunError, UserError
 from .fitting import plan_session, require_weights
 from .generation import TokenLoop
 from .loading import load_model, load_tokenizer
-from .memory import free_unused
+from .memory import limit_gpu
 from .model_check import load_config
 from .session import Session, calibration_from_prompt
 from .snapshot import Snapshot, save
@@ -47,6 +49,7 @@ class OffloadedModel:
     ) -> None:
         self.model = model.eval()
         self.config = config or RuntimeConfig()
+        limit_gpu(str(model.device), self.config.gpu_memory)
         self.tokenizer = tokenizer
         self.adapter = ModelAdapter(model)
         if self.config.calibration is not None:
@@ -56,6 +59,7 @@ class OffloadedModel:
         self.stats: dict[str, Any] = {}
         self.fitted: list[str] = []  # what fit=True shrank for the caches in use
         self._session: Session | None = None
+        self._calibration_s = 0.0  # of the last call's time: a calibration made from its prompt
 
     @classmethod
     def from_pretrained(
@@ -83,6 +87,7 @@ class OffloadedModel:
         """
         config = make_config(with_choice(settings, name_or_path))
         place = choose_device(device)
+        limit_gpu(str(place), config.gpu_memory)
         source = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
         # Remote code's sizes are known only by running it, a GGUF file's and quantised ones by loading.
         gguf = gguf_file or str(name_or_path).endswith(".gguf")
@@ -135,12 +140,16 @@ class OffloadedModel:
             torch.cuda.reset_peak_memory_stats(self.model.device)
         if self.config.seed is not None:
             torch.manual_seed(self.config.seed)
+        self._calibration_s = 0.0
         loop = TokenLoop(self._open_session, streamer, on_prefill)
-        out = self.model.generate(
-            left_ids, attention_mask=left_mask, generation_config=generation_config,
-            custom_generate=loop.__call__, **kwargs,
-        )  # fmt: skip
-        assert loop.session is not None
+        try:
+            out = self.model.generate(
+                left_ids, attention_mask=left_mask, generation_config=generation_config,
+                custom_generate=loop.__call__, **kwargs,
+            )  # fmt: skip
+        except (MemoryError, RuntimeError):  # PyTorch's out of memory too
+            self._session = loop.session = None  # half allocated: the next call starts afresh
+            raise
         self.stats = self._collect(loop, left_ids.shape)
         ids = out if isinstance(out, torch.Tensor) else out.sequences
         ids[:, : input_ids.shape[1]] = input_ids  # padded as the caller had it
@@ -177,7 +186,10 @@ class OffloadedModel:
         """The model's calibration, or one made from the prompt's first tokens when it has none."""
         if self.calibration is not None:
             return self.calibration
-        return calibration_from_prompt(self.adapter, self.config, prompt, capacity)
+        began = time.perf_counter()
+        calibration = calibration_from_prompt(self.adapter, self.config, prompt, capacity)
+        self._calibration_s = time.perf_counter() - began
+        return calibration
 
     def _new_session(self, calibration: Calibration, batch: int, capacity: int) -> Session:
         config, self.fitted = plan_session(self.config, self.adapter, batch, capacity)
@@ -207,6 +219,7 @@ class OffloadedModel:
             "new_tokens": loop.new_tokens,
             "cached_tokens": cached,
             "reused_tokens": session.kept_tokens,
+            "prefill": {**session.prefill_figures(), "calibration_s": self._calibration_s},
             **collect(session.caches, prefetcher.predicted_layers, prefetcher.attend_predicted),
             **memory(
                 session.layout,
@@ -290,16 +303,6 @@ def with_choice(settings: dict[str, Any], name_or_path: str | Path) -> dict[str,
     if "budget" not in chosen:
         return settings
     return {"budget": chosen["budget"], "label_bits": int(chosen["label_bits"]), **settings}
-
-
-def choose_device(device: str) -> torch.device:
-    """The torch device for "auto", "cuda", "cuda:1" or "cpu"."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    place = torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise RunError("no CUDA GPU is usable here; use --device cpu, or see `ds-offload doctor`")
-    return place
 
 
 def check_calibration(calibration: Calibration | None, config: RuntimeConfig, model: PreTrainedModel) -> None:

@@ -67,7 +67,7 @@ def fitting_slots(config: RuntimeConfig, plan: Plan, plan_of: PlanOf) -> int:
 def plan_session(
     config: RuntimeConfig, adapter: ModelAdapter, batch: int, capacity: int
 ) -> tuple[RuntimeConfig, list[str]]:
-    """A session's config, its placement decided, and what was shrunk; RunError if it won't fit.
+    """A session's config, its placement and chunk decided, and what was shrunk; RunError if it won't fit.
 
     The model is loaded already, so its weights are part of what is not free.
     """
@@ -84,7 +84,7 @@ def plan_session(
         config, notes = fit(config, plan_of)
     plan = plan_of(config)
     require(plan)
-    return replace(config, placement=plan.placement), notes
+    return replace(config, placement=plan.placement, chunk_tokens=plan.chunk_tokens), notes
 
 
 def require_weights(

@@ -33,13 +33,16 @@ class Fusion:
             self.rotary = rotary_module(adapter)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Put the fused forms in place until the context ends."""
+    def applied(self, rotary: bool = True) -> Iterator[None]:
+        """Put the fused forms in place until the context ends.
+
+        rotary: also that of rotary embeddings, which is made for few tokens.
+        """
         plain = None if self.rotary is None else self.rotary.apply_rotary_pos_emb
         try:
             for norm in self.norms:
                 norm.forward = fused_norm(norm)
-            if self.rotary is not None:
+            if self.rotary is not None and rotary:
                 self.rotary.apply_rotary_pos_emb = fused_rotary(plain)
             yield
         finally:

@@ -1,6 +1,6 @@
 """How much memory is free here: on the host, within the container's limits, and on the GPU."""
 
-import gc
+import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,23 +29,30 @@ def measure(device: str = "auto") -> FreeMemory:
     return FreeMemory(host_free_bytes(), max(min(free + reserved, limit) - allocated, 0))
 
 
-def free_unused(device: torch.device) -> None:
-    """Give memory that nothing refers to back to the system, where the plan can count it.
+def limit_gpu(device: str, gigabytes: float | None) -> None:
+    """Make PyTorch refuse to hold more than that many GB (1e9 bytes) of a GPU's memory; None changes nothing.
 
-    The matrix library's workspaces too: it keeps one for every stream that it has worked on.
+    measure() counts the limit. It is the process's, not one model's.
     """
-    gc.collect()
-    if device.type == "cuda":
-        torch._C._cuda_clearCublasWorkspaces()
-        torch.cuda.empty_cache()
+    if gigabytes is None or device == "cpu" or not torch.cuda.is_available():
+        return
+    index = torch.device(device).index if device not in ("auto", "cuda") else torch.cuda.current_device()
+    total = torch.cuda.get_device_properties(index).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total), index)
 
 
 def host_free_bytes(root: Path = Path("/")) -> int:
-    """What this process can still take: the machine's free memory or the container's, whichever is less."""
+    """What this process can still take: the machine's free memory, the container's or its `ulimit -v`'s."""
     free = psutil.virtual_memory().available
     if not sys.platform.startswith("linux"):
         return free
-    return min([free, *(limit - used for limit, used in cgroup_limits(root))])
+    return max(0, min([free, *(limit - used for limit, used in cgroup_limits(root) + address_limit())]))
+
+
+def address_limit() -> list[tuple[int, int]]:
+    """[(limit, used)] bytes of address space where `ulimit -v` sets a limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return [] if limit == resource.RLIM_INFINITY else [(limit, psutil.Process().memory_info().vms)]
 
 
 def cgroup_limits(root: Path = Path("/")) -> list[tuple[int, int]]:

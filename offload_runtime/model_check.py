@@ -41,6 +41,7 @@ class ModelShape:
     trained_positions: int
     dtype: torch.dtype
     windows: tuple[int, ...]  # tokens each layer sees, 0 for all
+    experts_used: int = 1  # by one token
 
 
 def load_config(
@@ -108,6 +109,7 @@ def read_shape(config: PretrainedConfig) -> ModelShape:
         trained_positions=trained_positions(text),
         dtype=config_dtype(config, text),
         windows=layer_windows(config),
+        experts_used=getattr(text, "num_experts_per_tok", None) or 1,
     )
 
 

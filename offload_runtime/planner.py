@@ -11,20 +11,24 @@ from fractions import Fraction
 import torch
 from transformers import PretrainedConfig
 
-from .cache.layout import KVLayout, biting
-from .config import DEFAULT_LABEL_CHANNELS, RuntimeConfig, label_width, parse_budget
+from .cache.layout import KVLayout
+from .config import DEFAULT_LABEL_CHANNELS, RuntimeConfig, parse_budget
 from .errors import RunError
+from .layouts import make_layout
 from .memory import FreeMemory
 from .model_check import ModelShape, check_config
-from .prefill import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS
+from .prefill import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, KEEP_SLOTS_TOKENS
+from .prefill_memory import prefill_bytes
 from .weights import Weights, count_weights
 
 GB = 1e9
 # Kept free on a GPU: cuBLAS workspaces, compiled kernels, the CUDA graph's pool and what the
 # allocator loses to fragments. An assumption, not a measurement.
 GPU_RESERVE_BYTES = 768 << 20
-CPU_LOGIT_BLOCK_BYTES = 512 << 20  # the CPU prefill keeps a block of logits of a few hundred MB
+# Where halving the chunk stops: 50 MB of activations in the 8B shape, so less frees nothing (arithmetic).
+LEAST_CHUNK_TOKENS = 512
 SMALLEST_CTX, LARGEST_CTX = 64, 1 << 24  # where the search for the largest context starts and stops
+LARGEST_BATCH = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -32,23 +36,32 @@ class Needs:
     """Bytes a run allocates. Everything but pinned rows is device memory.
 
     rows: KV rows that stay on the device (placement "gpu"); pinned: those in host memory.
+    prefill: a whole prompt's work, while there are no slots; question: that of a short prompt
+    beside the slots, be it a follow-up or all there is.
     """
 
     weights: int
     labels: int
     slots: int
+    rings: int
     maps: int
     workspace: int
     prefill: int
+    question: int
     reserve: int
     pinned: int
     rows: int = 0
 
     @property
+    def lasting(self) -> int:
+        """What is there from the first prefill to the last step: decode scratch stays while prefill runs."""
+        caches = self.labels + self.rings + self.maps + self.rows
+        return self.weights + caches + self.workspace + self.reserve
+
+    @property
     def device(self) -> int:
-        """Peak of device memory: decode scratch stays allocated while prefill runs."""
-        caches = self.labels + self.slots + self.maps + self.rows
-        return self.weights + caches + self.workspace + self.prefill + self.reserve
+        """Peak of device memory."""
+        return self.lasting + max(self.prefill, self.slots + self.question)
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,8 @@ class Plan:
     free: FreeMemory
     largest_ctx: int
     largest_budget: int
+    largest_batch: int = 0
+    chunk_tokens: int = 0  # of a prefill: the largest that fits
 
     @property
     def placement(self) -> str:
@@ -90,21 +105,24 @@ class Plan:
             ("KV rows", n.rows),
             (f"labels, {self.layout.label_channels} x {self.layout.label_bits} bit", n.labels),
             (f"slots, {self.layout.slots} rows a KV head", n.slots),
+            ("rings of sliding layers", n.rings),
             ("slot maps", n.maps),
             ("decode workspace", n.workspace),
-            ("prefill peak", n.prefill),
+            (f"prefill by {self.chunk_tokens} tokens, no slots yet", n.prefill),
+            ("short prefill beside the slots", n.question),
             ("reserve", n.reserve),
         ]
         kind = "GPU" if self.device == "cuda" else "host"
         rows = [(f"{kind}: {name}", gb(size)) for name, size in parts if size]
         if self.device == "cuda":
             free = gb(self.free.gpu) if self.free.gpu is not None else "not known, no GPU here"
-            rows.append(("GPU: total / free", f"{gb(self.gpu_bytes)} / {free}"))
+            rows.append(("GPU: most at a time / free", f"{gb(self.gpu_bytes)} / {free}"))
         rows.append(("host: KV rows" + (", pinned" if self.device == "cuda" else ""), gb(n.pinned)))
         rows.append(("host: total / free", f"{gb(self.host_bytes)} / {gb(self.free.host)}"))
         rows.append(("fits", "yes" if self.fits else "no"))
         rows.append(("largest ctx at this budget", str(self.largest_ctx or "none")))
         rows.append(("largest budget at this ctx", f"{self.largest_budget or 'none'}"))
+        rows.append(("largest batch at both", f"{self.largest_batch or 'none'}"))
         return rows
 
 
@@ -146,9 +164,9 @@ def make_plan(
     weight_bytes = weights.bytes_in(shape.dtype)
     tokens = config.ctx if tokens is None else tokens
 
-    def needs_of(trial: RuntimeConfig, count: int) -> Needs:
+    def needs_in(trial: RuntimeConfig, count: int, chunk: int, batch: int) -> Needs:
         layout = layout_of(shape, trial, count, batch)
-        on_host = needs_for(shape, layout, trial, count, weight_bytes, device)
+        on_host = needs_for(shape, layout, trial, count, chunk, weight_bytes, device)
         on_gpu = replace(on_host, rows=on_host.pinned, pinned=0)
         if device == "cpu" or trial.placement == "host":
             return on_host
@@ -156,9 +174,18 @@ def make_plan(
             return on_gpu
         return on_host
 
-    def fits(trial: RuntimeConfig, count: int) -> bool:
-        return within(needs_of(trial, count), device, free)
+    def best(trial: RuntimeConfig, count: int, batch: int = batch) -> tuple[int, Needs]:
+        """The largest chunk that fits, the smallest when none does, and what the run needs with it."""
+        for chunk in chunk_sizes(trial, device):
+            needs = needs_in(trial, count, chunk, batch)
+            if within(needs, device, free):
+                break
+        return chunk, needs
 
+    def fits(trial: RuntimeConfig, count: int, batch: int = batch) -> bool:
+        return within(best(trial, count, batch)[1], device, free)
+
+    chunk, needs = best(config, tokens)
     budget = parse_budget(config.budget)
     lowest_ctx = SMALLEST_CTX if isinstance(budget, Fraction) else max(budget, SMALLEST_CTX)
     return Plan(
@@ -167,7 +194,9 @@ def make_plan(
         budget=config.budget_tokens(tokens),
         device=device,
         layout=layout_of(shape, config, tokens, batch),
-        needs=needs_of(config, tokens),
+        largest_batch=largest(lambda b: fits(config, tokens, b), 1, LARGEST_BATCH),
+        needs=needs,
+        chunk_tokens=chunk,
         free=free,
         largest_ctx=largest(lambda n: fits(replace(config, ctx=n), n), lowest_ctx, LARGEST_CTX),
         largest_budget=largest(lambda k: fits(replace(config, budget=k), tokens), 1, tokens),
@@ -184,41 +213,41 @@ def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
+def chunk_sizes(config: RuntimeConfig, device: str) -> list[int]:
+    """Tokens a prefill chunk may have, best first: the user's choice, or the default and its halves."""
+    default = GPU_CHUNK_TOKENS if device == "cuda" else CPU_CHUNK_TOKENS
+    if config.chunk_tokens is not None:
+        return [config.chunk_tokens]
+    halves = [default >> n for n in range(default.bit_length())]
+    return [size for size in halves if size >= LEAST_CHUNK_TOKENS]
+
+
 def layout_of(shape: ModelShape, config: RuntimeConfig, tokens: int, batch: int) -> KVLayout:
-    """The caches' layout, sized as the engine sizes it."""
-    capacity = config.capacity(tokens)
-    budget = config.budget_tokens(capacity)
-    channels = config.label_channels or DEFAULT_LABEL_CHANNELS
-    windows = tuple(window for window in biting(shape.windows, capacity) if window)
-    return KVLayout(
-        layers=shape.layers - len(windows),
-        batch=batch,
-        query_heads=shape.query_heads,
-        kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        capacity=capacity,
-        budget=budget,
-        sinks=config.sinks,
-        recent=config.recent,
-        slots=config.slot_count(budget, capacity),
-        label_channels=label_width(min(channels, shape.head_dim)),
-        label_bits=config.label_bits,
-        dtype=shape.dtype,
-        windows=windows,
-    )
+    """The caches' layout, as the engine makes it for a model without a calibration file."""
+    channels = min(config.label_channels or DEFAULT_LABEL_CHANNELS, shape.head_dim)
+    return make_layout(shape, config, channels, batch, config.capacity(tokens))
 
 
 def needs_for(
-    shape: ModelShape, layout: KVLayout, config: RuntimeConfig, tokens: int, weight_bytes: int, device: str
+    shape: ModelShape,
+    layout: KVLayout,
+    config: RuntimeConfig,
+    tokens: int,
+    chunk: int,
+    weight_bytes: int,
+    device: str,
 ) -> Needs:
     on_gpu = device == "cuda"
+    short = min(tokens, KEEP_SLOTS_TOKENS)
     return Needs(
         weights=weight_bytes,
         labels=layout.layers * layout.label_bytes,
-        slots=layout.layers * layout.slot_bytes + layout.window_bytes,
+        slots=layout.layers * layout.slot_bytes,
+        rings=layout.window_bytes,
         maps=layout.layers * layout.map_bytes,
         workspace=workspace_bytes(shape, layout, config),
-        prefill=prefill_bytes(shape, layout, config, tokens, on_gpu),
+        prefill=prefill_bytes(shape, layout, chunk, tokens, on_gpu),
+        question=prefill_bytes(shape, layout, chunk, short, on_gpu),
         reserve=GPU_RESERVE_BYTES if on_gpu else 0,
         pinned=layout.layers * layout.host_bytes,
     )
@@ -231,25 +260,6 @@ def workspace_bytes(shape: ModelShape, layout: KVLayout, config: RuntimeConfig) 
     return layout.workspace_bytes + sticky + logits
 
 
-def prefill_bytes(
-    shape: ModelShape, layout: KVLayout, config: RuntimeConfig, tokens: int, on_gpu: bool
-) -> int:
-    """Peak beside the caches while one sequence of S tokens prefills.
-
-    Hidden states [S, E], rotary tables 2 x [S, D] with their float32 origin, one
-    layer's rows [Hkv, capacity, row], and one chunk's activations: MLP gate, up and
-    product, q, k, v and the output in two parts, the norm's float32 copy.
-    """
-    item = shape.dtype.itemsize
-    hidden = tokens * shape.hidden * item
-    rotary = tokens * shape.head_dim * (2 * item + 3 * 4)
-    rows = layout.kv_heads * layout.capacity * layout.row_bytes
-    chunk = min(tokens, config.chunk_tokens or (GPU_CHUNK_TOKENS if on_gpu else CPU_CHUNK_TOKENS))
-    heads_wide = (3 * shape.query_heads + 2 * shape.kv_heads) * shape.head_dim
-    activations = chunk * ((3 * shape.intermediate + heads_wide + 2 * shape.hidden) * item + 8 * shape.hidden)
-    return hidden + rotary + rows + activations + (0 if on_gpu else CPU_LOGIT_BLOCK_BYTES)
-
-
 def require(plan: Plan) -> None:
     """RunError in one line, with the numbers and what would fit, when the plan does not fit."""
     if plan.fits:
@@ -257,8 +267,9 @@ def require(plan: Plan) -> None:
     n, free = plan.needs, plan.free
     gpu_short = plan.device == "cuda" and free.gpu is not None and n.device > free.gpu
     if gpu_short:
-        caches = n.labels + n.slots + n.maps + n.rows
-        parts = f"weights {gb(n.weights)}, caches {gb(caches)}, prefill {gb(n.prefill)}"
+        caches = n.labels + n.rings + n.maps + n.rows
+        work = max(n.prefill, n.slots + n.question)
+        parts = f"weights {gb(n.weights)}, caches {gb(caches)}, prefill or slots {gb(work)}"
         short = f"{gb(n.device)} of GPU memory ({parts}) and {gb(free.gpu or 0)} are free"
     else:
         short = f"{gb(plan.host_bytes)} of host memory (KV rows {gb(n.pinned)}) and {gb(free.host)} are free"

@@ -3,9 +3,12 @@
 transformers' own forward runs the model over the whole prompt; only inside a
 decoder layer is the work cut into chunks, so embeddings, rotary tables and the
 order of the layers stay the model's. Peak memory is the hidden states [S, E],
-one layer's rows [Hkv, capacity, row] and one chunk's activations.
+one layer's rows [Hkv, capacity, row] and one chunk's activations. Nothing in it
+waits for the GPU, so the host queues work well ahead while pinned memory is made.
 """
 
+import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +21,14 @@ from .cache.window_cache import WindowCache
 from .errors import UserError
 from .kernels.prefill_attention import prefill_attention
 from .prefetch.row_writer import RowWriter
+from .prefill_backend import PrefillBackend
 
-GPU_CHUNK_TOKENS = 8192  # large enough for full matmul speed, 0.7 GB of MLP activations at 14,336 wide
+# 0.42 GB of MLP activations at 14,336 wide; a matmul of it does 1.8e12 flop a layer (Llama-3.1-8B shape),
+# 2.6 ms at 700 TFLOP/s, against some 70 launches of 5 us (arithmetic).
+GPU_CHUNK_TOKENS = 4096
+# A prefill of more tokens than this takes the slots' memory for its own work. It lasts half a second and
+# more (8B shape, H100), so capturing the decode graph again (about 0.2 s, an estimate) shows little.
+KEEP_SLOTS_TOKENS = 16384
 CPU_CHUNK_TOKENS = 1024  # keeps a block of logits in a few hundred MB
 
 Progress = Callable[[int, int], None]  # (tokens x layers done, tokens x layers in all)
@@ -37,6 +46,7 @@ class PrefillRun:
         kept: int,
         chunk_tokens: int | None,
         on_progress: Progress | None,
+        backend: PrefillBackend,
     ) -> None:
         """total: tokens of the sequence, the kept ones included."""
         self.adapter, self.caches, self.sequence = adapter, caches, sequence
@@ -45,15 +55,14 @@ class PrefillRun:
         default = GPU_CHUNK_TOKENS if device.type == "cuda" else CPU_CHUNK_TOKENS
         self.chunk_tokens = chunk_tokens or default
         self.on_progress, self.done = on_progress, 0
-        layout = caches[0].layout
-        # One layer's rows [Hkv, total, row]. A head lies `capacity` rows from the next whatever the prompt's
-        # length, so that cuDNN's attention plans, which are made for strides, serve the next prompt too.
-        staging = (layout.kv_heads, layout.capacity, layout.row_elements)
-        self.rows = torch.zeros(staging, dtype=layout.dtype, device=device)[:, :total]
+        self.backend = backend
+        self.rows = torch.empty(0, device=device)  # one layer's [Hkv, total, row], made when first needed
+        # [total, 4]: row p holds position p, where a chunk may start. In GPU memory, so that no chunk copies
+        # its own there; 16 bytes a row, because Triton compiles a kernel again for another alignment.
+        self.places = torch.arange(total, dtype=torch.int32, device=device)[:, None].repeat(1, 4)
+        self.pinned_wait_s = 0.0  # that the host waited for rows' memory
         self.writer = RowWriter(device)
         self.position = kept  # of the next chunk, within the layer at work
-        # Where labels go, made once: a tensor made from a Python number would wait for the GPU at each chunk.
-        self.places = torch.arange(total, dtype=torch.int32, device=device)
 
     def run(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Prefill token_ids [1, total - kept]; returns the last token's logits [1, V]."""
@@ -83,8 +92,24 @@ class PrefillRun:
 
         return handle
 
+    def _make_staging(self) -> torch.Tensor:
+        """One layer's rows [Hkv, total, row] on the device.
+
+        A head lies `capacity` rows from the next whatever the prompt's length, so that cuDNN's plans,
+        which are made for strides, serve the next prompt too. Made after the rotary tables, whose making
+        takes more.
+        """
+        layout = self.caches[0].layout
+        shape = (layout.kv_heads, layout.capacity, layout.row_elements)
+        staging = torch.zeros(shape, dtype=layout.dtype, device=self.adapter.device)
+        tokens = self.total - self.kept
+        self.backend.choose(staging, layout.query_heads, self.chunk_tokens, tokens)
+        return staging[:, : self.total]
+
     def _attend(self, cache: LayerCache | WindowCache, call: AttentionCall) -> torch.Tensor:
         """Stage one chunk's rows; those of an offloaded layer get labels and go out; attend."""
+        if self.rows.numel() == 0:
+            self.rows = self._make_staging()
         if self.position == self.kept and self.kept:
             self._load_kept_rows(cache)
         count = call.key.shape[2]
@@ -97,14 +122,23 @@ class PrefillRun:
             self._offload(cache, call, span)
         window = cache.window if isinstance(cache, WindowCache) else 0
         out = prefill_attention(
-            call.query, self.rows[:, : span.stop], call.scale, window, call.softcap, call.sink_logits
+            call.query,
+            self.rows[:, : span.stop],
+            call.scale,
+            window,
+            call.softcap,
+            call.sink_logits,
+            self.backend.attend,
         )
         self._advance(cache, count)
         return out
 
     def _offload(self, cache: LayerCache, call: AttentionCall, span: slice) -> None:
-        cache.labels.write(call.key, cache.maps, self.places[span.start, None], self.sequence)
-        self.writer.write(self.rows[:, span], cache.host.rows[self.sequence, :, span], span.start)
+        cache.labels.write(call.key, cache.maps, self.places[span.start, :1], self.sequence)
+        began = time.perf_counter()
+        host = cache.host.rows  # may still be in the making
+        self.pinned_wait_s += time.perf_counter() - began
+        self.writer.write(self.rows[:, span], host[self.sequence, :, span], span.start)
 
     def _load_kept_rows(self, cache: LayerCache | WindowCache) -> None:
         """Bring the rows of the tokens that are cached already: [Hkv, kept, row]."""
@@ -161,14 +195,18 @@ class PrefillRun:
 
 
 def in_chunks(forward: Callable[..., Any], chunk_tokens: int) -> Callable[..., Any]:
-    """A decoder layer's forward that works through hidden [1, S, E] in place, chunk by chunk."""
+    """A decoder layer's forward that works through hidden [1, S, E] in place, chunk by chunk.
+
+    The chunk that is not full comes first, where its attention has the fewest keys.
+    """
 
     def chunked(hidden: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
         tokens = hidden.shape[1]
         if tokens <= chunk_tokens:
             return forward(hidden, *arguments, **keywords)
-        for start in range(0, tokens, chunk_tokens):
-            span = slice(start, start + chunk_tokens)
+        edges = [0, *range(tokens % chunk_tokens or chunk_tokens, tokens + 1, chunk_tokens)]
+        for start, end in itertools.pairwise(edges):
+            span = slice(start, end)
             part = {name: take_tokens(value, tokens, span) for name, value in keywords.items()}
             out = forward(hidden[:, span], *arguments, **part)
             hidden[:, span] = out[0] if isinstance(out, tuple) else out

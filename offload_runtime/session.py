@@ -3,20 +3,23 @@
 import logging
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
 from .adapter import ModelAdapter
 from .audit import Audit
 from .cache.layer_cache import BatchState, LayerCache
-from .cache.layout import KVLayout, biting
+from .cache.layout import biting
 from .cache.window_cache import WindowCache
 from .calibration import Calibration
 from .calibration_collect import calibrate_prompt
 from .config import DEFAULT_LABEL_CHANNELS, RuntimeConfig, label_width
 from .decode import DecodeLoop, query_predictor
+from .layouts import make_layout
 from .prefetch.scheduler import Prefetcher
-from .prefill import PrefillRun, Progress
+from .prefill import KEEP_SLOTS_TOKENS, PrefillRun, Progress
+from .prefill_backend import PrefillBackend
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +40,8 @@ class Session:
         delay_cycles: int = 0,
     ) -> None:
         self.adapter, self.config = adapter, config
-        self.layout = make_layout(adapter, config, calibration, batch, capacity)
+        channels = calibration.key_map.shape[2]
+        self.layout = make_layout(adapter.shape, config, channels, batch, capacity)
         device = adapter.device
 
         def integers(count: int) -> torch.Tensor:
@@ -62,6 +66,8 @@ class Session:
         self.decoder = DecodeLoop(
             adapter, self.caches, self.state, self.prefetcher, config.cuda_graph, self.audit
         )
+        self.backend = PrefillBackend()
+        self.pinned_wait_s = 0.0  # of the last prefill: that it waited for pinned memory
         self.cached_ids: list[torch.Tensor] = [torch.empty(0, dtype=torch.long)] * batch
         self.kept_tokens = 0  # of the last prefill: tokens that were cached already
         self.long_rotary = False  # which frequencies the cached keys were turned by, where there are two
@@ -83,9 +89,7 @@ class Session:
 
     def accepts(self, calibration: Calibration) -> bool:
         """Whether calibrate() is enough to use it: the same label channels and predicted layers."""
-        channels = make_layout(
-            self.adapter, self.config, calibration, self.layout.batch, self.layout.capacity
-        ).label_channels
+        channels = label_width(calibration.key_map.shape[2])
         predicted = predicted_layers(self.config, calibration, self.offloaded)
         return channels == self.layout.label_channels and predicted == self.prefetcher.predicted_layers
 
@@ -108,6 +112,8 @@ class Session:
         self.kept_tokens = sum(kept)
         for cache in self.offloaded.values():
             cache.clear()  # resident rows only; host rows and labels of the kept tokens stay
+        if max(len(prompt) - k for prompt, k in zip(prompts, kept, strict=True)) > KEEP_SLOTS_TOKENS:
+            self._free_slots()
         self.state.step.zero_()
         if self.audit is not None:
             self.audit.clear()
@@ -115,6 +121,7 @@ class Session:
         self.state.budgets.copy_(torch.tensor(budgets, dtype=torch.int32))
         work = sum(len(prompt) - k for prompt, k in zip(prompts, kept, strict=True)) * len(self.caches)
         finished, logits = 0, []
+        self.pinned_wait_s = 0.0
         for index, prompt in enumerate(prompts):
             base = finished
 
@@ -130,10 +137,13 @@ class Session:
                 kept[index],
                 self.config.chunk_tokens,
                 progress,
+                self.backend,
             )
             fresh = prompt[kept[index] :].to(self.adapter.device)
-            logits.append(run.run(fresh[None]))
+            with self.decoder.fusion.applied(rotary=False):
+                logits.append(run.run(fresh[None]))
             finished += run.done
+            self.pinned_wait_s += run.pinned_wait_s
         self.state.lengths.copy_(torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32))
         self.cached_ids = [prompt.cpu() for prompt in prompts]
         return torch.cat(logits)
@@ -152,15 +162,34 @@ class Session:
         Returns the logits [1, V] after its last token. Steps may be taken within on_progress.
         """
         run = PrefillRun(
-            self.adapter, self.caches, place, len(prompt), 0, self.config.chunk_tokens, on_progress
+            self.adapter,
+            self.caches,
+            place,
+            len(prompt),
+            0,
+            self.config.chunk_tokens,
+            on_progress,
+            self.backend,
         )
-        return run.run(prompt.to(self.adapter.device)[None])
+        with self.decoder.fusion.applied(rotary=False):
+            return run.run(prompt.to(self.adapter.device)[None])
 
     def fill_place(self, place: int, length: int, new_tokens: int) -> None:
         """Let steps go on with a place whose prompt of `length` tokens is prefilled."""
         self.state.budgets[place].fill_(self.config.budget_tokens(length + new_tokens))
         self.state.lengths[place].fill_(length)
         self.state.active[place].fill_(1)
+
+    def prefill_figures(self) -> dict[str, Any]:
+        """Of the last prefill: its attention, chunk and wait for pinned memory."""
+        chunk = {"chunk_tokens": self.config.chunk_tokens, "pinned_wait_s": self.pinned_wait_s}
+        return self.backend.figures() | chunk
+
+    def _free_slots(self) -> None:
+        """Leave the slots' memory to a long prefill; decode makes them, and its graph, anew."""
+        self.decoder.forget_graph()
+        for cache in self.offloaded.values():
+            cache.resident.release()
 
     def _keep(self, prompts: Sequence[torch.Tensor], new_tokens: int) -> list[int]:
         """Leading tokens of each prompt that stay cached; forgets all others."""
@@ -215,33 +244,6 @@ class Session:
             return
         for index, ids in enumerate(cached_ids):
             mine.load(index, theirs.host.rows[index, :, : len(ids)])
-
-
-def make_layout(
-    adapter: ModelAdapter,
-    config: RuntimeConfig,
-    calibration: Calibration,
-    batch: int,
-    capacity: int,
-) -> KVLayout:
-    budget = config.budget_tokens(capacity)
-    windows = tuple(window for window in biting(adapter.windows, capacity) if window)
-    return KVLayout(
-        layers=len(adapter.layers) - len(windows),
-        batch=batch,
-        query_heads=adapter.query_heads,
-        kv_heads=adapter.kv_heads,
-        head_dim=adapter.head_dim,
-        capacity=capacity,
-        budget=budget,
-        sinks=config.sinks,
-        recent=config.recent,
-        slots=config.slot_count(budget, capacity),
-        label_channels=label_width(calibration.key_map.shape[2]),
-        label_bits=config.label_bits,
-        dtype=adapter.dtype,
-        windows=windows,
-    )
 
 
 def predicted_layers(

@@ -25,7 +25,8 @@ from .cache.window_cache import WindowCache
 from .calibration import Calibration, config_facts
 from .config import RuntimeConfig
 from .errors import RunError, UserError
-from .session import Session, make_layout
+from .layouts import make_layout
+from .session import Session
 from .snapshot_files import (
     DamagedFile,
     atomic_directory,
@@ -160,8 +161,8 @@ class Snapshot:
         """
         self.check_config(adapter.model.config)
         own = self.calibration()
-        self.check_layout(make_layout(adapter, config, own, self.header["layout"]["batch"], 1))
         channels = own.key_map.shape[2]
+        self.check_layout(make_layout(adapter.shape, config, channels, self.header["layout"]["batch"], 1))
         if config.label_channels not in (None, channels):
             raise self.foreign(
                 f"other settings (label_channels {channels} there, {config.label_channels} here)"

@@ -1,11 +1,13 @@
 """Predicted times of a plan: plain arithmetic over assumed or measured rates.
 
-TPOT  = weights read + layers' own overhead + rows and labels read + transfer that is not hidden
-TTFT  = 2 flop x parameters x tokens / matmul rate + causal attention / its rate
-The default rates are one H100 80GB's with PCIe 5 x16, measured with Hugging
-Face's layers in a CUDA graph. A prediction is for choosing settings, not a result.
+TTFT = 2 flop x parameters x tokens / matmul rate + causal attention / its rate
+TPOT = weights read + layers' own overhead + selections + rows and labels read, beside
+       or after the rows that come over the link, whichever is longer
+The default rates are one H100 80GB's with PCIe 5 x16. A prediction is for choosing
+settings, not a result.
 """
 
+import math
 from dataclasses import dataclass
 
 from .planner import Plan
@@ -14,54 +16,126 @@ from .weights import Weights
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes and flop a second. origin says where the numbers come from."""
+    """Bytes, flop or seconds. origin says where the numbers come from."""
 
-    origin: str = "one H100 80GB, PCIe 5 x16, measured"
+    origin: str = "one H100 80GB, PCIe 5 x16, measured there, not here"
     weight_bytes_s: float = 15.0e9 / 6.03e-3  # the GEMVs of an 8B model, 15 GB in 6.03 ms
-    layer_s: float = (7.95e-3 - 6.03e-3) / 32  # norms, RoPE, activations: the same 32 layers in a CUDA graph
+    plain_layer_s: float = (7.95e-3 - 6.03e-3) / 32  # norms, RoPE, activations of 32 layers in a CUDA graph
+    layer_s: float = (6.51e-3 - 6.03e-3) / 32  # the same with fused norms and RoPE
+    # Label scores and top-k of one layer: 50 us at 262,144 tokens; how much grows with tokens is a guess.
+    select_base_s: float = 15e-6
+    select_token_s: float = 35e-6 / 262144
     hbm_bytes_s: float = 2.7e12  # dense flash decode: 1.07 GB a layer in 0.40 ms
-    link_bytes_s: float = 50e9  # pinned copies and ascending 512-byte row gathers
+    link_bytes_s: float = 50e9  # pinned copies
+    # Row gathers out of 34 GB, as parts of what copies reach, by the part of all rows that is taken:
+    # 33 GB/s at 1/128, 44 at 1/16.
+    sparse_gather: float = 33 / 50
+    dense_gather: float = 44 / 50
     matmul_flop_s: float = 700e12  # 8B prefill of 262,144 tokens: 4.2e15 flop in 6 s
-    attention_flop_s: float = 363e12  # SDPA flash
+    attention_flop_s: float = 620e12  # cuDNN: 665e12 over a whole prompt, less in chunks (an estimate)
+
+    def select_s(self, tokens: int) -> float:
+        return self.select_base_s + tokens * self.select_token_s
+
+    def gather_bytes_s(self, share: float) -> float:
+        """Rate at which a selection of `share` of all rows comes; between the measured two by logarithm."""
+        place = (math.log2(min(max(share, 1 / 128), 1 / 16)) + 7) / 3  # 0 at 1/128, 1 at 1/16
+        return self.link_bytes_s * (self.sparse_gather + place * (self.dense_gather - self.sparse_gather))
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What decides how many rows move. miss_rate: the part of a selection that is not resident yet, where
+    sticky selection (new_rows) does not bound it; recall: the part of it that the prediction finds."""
+
+    prefetch: str = "correct"
+    new_rows: int | None = None
+    miss_rate: float = 0.3
+    recall: float = 0.7  # measured on tiny-256k at 1/16: 0.65 to 0.82
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds. *_tpot for: all KV in GPU memory read densely; the same read sparsely; offloaded."""
+    """Seconds. *_tpot for: all KV in GPU memory read densely; the same read sparsely; offloaded.
+
+    best: "dense", "sparse" or "offload"; why: in one sentence.
+    """
 
     ttft: float
     dense_tpot: float
     sparse_tpot: float
     offload_tpot: float
     dense_fits: bool | None
+    sparse_fits: bool | None
     miss_rate: float
+    best: str
+    why: str
 
 
-def predict(plan: Plan, weights: Weights, rates: Rates, new_rows: int | None, miss_rate: float) -> Times:
-    """Times of a plan on a GPU.
-
-    miss_rate: the part of a selection that is not resident yet, when sticky
-    selection (new_rows) does not bound it.
-    """
+def predict(plan: Plan, weights: Weights, rates: Rates, traffic: Traffic) -> Times:
+    """Times of a plan on a GPU."""
     layout, tokens = plan.layout, plan.tokens
     kv_bytes = layout.layers * layout.heads * tokens * layout.row_bytes
     label_bytes = layout.layers * layout.label_bytes * tokens / layout.capacity
     selected_bytes = layout.layers * layout.heads * plan.budget * layout.row_bytes
     all_layers = layout.layers + len(layout.windows)
-    fixed = weights.active_bytes_in(layout.dtype) / rates.weight_bytes_s + all_layers * rates.layer_s
-    sparse = fixed + (label_bytes + selected_bytes) / rates.hbm_bytes_s
-    if new_rows is not None:
-        miss_rate = min(new_rows, plan.budget) / plan.budget
-    transfer = miss_rate * selected_bytes / rates.link_bytes_s
-    return Times(
-        ttft=ttft(plan, weights, rates),
-        dense_tpot=fixed + kv_bytes / rates.hbm_bytes_s,
-        sparse_tpot=sparse,
-        # Layer i+1's rows travel while layer i computes; layer 0 has nobody to hide behind.
-        offload_tpot=max(sparse, transfer) + transfer / max(layout.layers, 1),
-        dense_fits=None if plan.free.gpu is None else plan.needs.weights + kv_bytes <= plan.free.gpu,
-        miss_rate=miss_rate,
-    )
+    read_weights = weights.active_bytes_in(layout.dtype) / rates.weight_bytes_s
+    dense = read_weights + all_layers * rates.plain_layer_s + kv_bytes / rates.hbm_bytes_s
+    selections = layout.layers * rates.select_s(tokens)
+    sparse = read_weights + all_layers * rates.layer_s + selections
+    sparse += (label_bytes + selected_bytes) / rates.hbm_bytes_s
+    miss_rate = traffic.miss_rate
+    if traffic.new_rows is not None:
+        miss_rate = min(traffic.new_rows, plan.budget) / plan.budget
+    missed_s = miss_rate * selected_bytes / rates.gather_bytes_s(plan.budget / tokens)
+    offload = offload_s(sparse, missed_s, selections, layout.layers, traffic)
+    fits = gpu_fits(plan, kv_bytes)
+    best, why = best_of({"dense": dense, "sparse": sparse, "offload": offload}, fits)
+    first = ttft(plan, weights, rates)
+    fitting = (fits["dense"], fits["sparse"])
+    return Times(first, dense, sparse, offload, *fitting, miss_rate, best, why)
+
+
+def offload_s(sparse: float, missed_s: float, selections: float, layers: int, traffic: Traffic) -> float:
+    """Seconds of an offloaded step. sparse: without transfers; missed_s: of the missed rows over the link;
+    selections: of one selection in every layer.
+
+    Layer i+1's rows travel while layer i computes; layer 0 has nobody to hide behind.
+    """
+    if traffic.prefetch == "off":
+        return sparse + missed_s
+    layers = max(layers, 1)
+    if traffic.prefetch == "predict":
+        return max(sparse, missed_s + selections) + missed_s / layers
+    late = (1 - traffic.recall) * missed_s  # as much again was fetched in vain
+    return max(sparse + late, missed_s + late + 2 * selections) + missed_s / layers
+
+
+def gpu_fits(plan: Plan, kv_bytes: int) -> dict[str, bool | None]:
+    """Whether all KV fits in GPU memory: read densely it needs neither labels nor slots."""
+    n, free = plan.needs, plan.free.gpu
+    if free is None:
+        return {"dense": None, "sparse": None}
+    return {
+        "dense": n.weights + kv_bytes + n.prefill + n.reserve <= free,
+        "sparse": n.device - n.rows + kv_bytes <= free,
+    }
+
+
+def best_of(times: dict[str, float], fits: dict[str, bool | None]) -> tuple[str, str]:
+    """The fastest of what fits, and the reason; what is not known to fit does not count."""
+    usable = [name for name in times if name == "offload" or fits[name]]
+    best = min(usable, key=lambda name: times[name])
+    shown = {name: f"{name} {1e3 * seconds:.1f} ms" for name, seconds in times.items()}
+    unknown = any(fit is None for fit in fits.values())
+    others = ["is not known to fit, no GPU here" if unknown else "does not fit"] * 2
+    missing = [f"{name} {words}" for name, words in zip(("dense", "sparse"), others, strict=True)
+               if name not in usable]  # fmt: skip
+    beaten = [shown[name] for name in usable if name != best]
+    reasons = [f"predicted at {shown[best].split(' ', 1)[1]}"]
+    reasons += [f"against {' and '.join(beaten)}"] if beaten else []
+    reasons += missing
+    return best, ", ".join(reasons)
 
 
 def ttft(plan: Plan, weights: Weights, rates: Rates) -> float:

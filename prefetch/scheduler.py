@@ -4,10 +4,10 @@ All streams and events of decoding are here. Layer i's input is copied to one of
 two buffers; a side stream turns it into layer i+1's query, selects by label and
 finds the missing rows, and a copy stream gathers them, so that the next
 prediction need not wait for this one's rows. Rows that layer i itself fetches
-late go over the link first. Layer i+1 waits for the gather,
-then (mode "correct") makes the true selection and fetches only what the
-prediction missed, or (mode "predict", the paper's DS-Offload) attends to the
-predicted selection as it is.
+late go over the link first. In mode "correct", layer i+1 makes the true selection
+beside that gather, waits for it and fetches only what the prediction missed;
+in mode "predict" (the paper's DS-Offload) it waits for the gather and attends to
+the predicted selection as it is.
 """
 
 from collections.abc import Callable, Mapping
@@ -53,16 +53,13 @@ class Prefetcher:
         self.predictions = (Selection(layout, device), Selection(layout, device))
         self.inputs: list[torch.Tensor | None] = [None, None]
         self.on_gpu = device.type == "cuda"
+        self.ready, self.chosen, self.done, self.fetched = (events(caches, self.on_gpu) for _ in range(4))
         if self.on_gpu:
             # A graph's kernels keep the priority of the streams they were captured on: a step that runs
             # beside a prefill gets the next free SM, not the one after all of the prefill's blocks.
             self.side_stream, self.copy_stream, self.capture_stream = (
                 torch.cuda.Stream(device, priority=URGENT) for _ in range(3)
             )
-            self.ready = {index: torch.cuda.Event() for index in caches}
-            self.chosen = {index: torch.cuda.Event() for index in caches}
-            self.done = {index: torch.cuda.Event() for index in caches}
-            self.fetched = {index: torch.cuda.Event() for index in caches}
 
     def before_layer(self, index: int, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
         """Called with layer `index`'s input [B, 1, E]: start the prediction for the layer after it."""
@@ -124,18 +121,26 @@ class Prefetcher:
         """What layer `index` attends to, its rows resident. query [B, Hq, D] is the true query."""
         cache = self.caches[index]
         predicted = index in self.predicted_layers
-        if predicted and self.on_gpu:
-            torch.cuda.current_stream().wait_event(self.done[index])
         if predicted and self.attend_predicted:
             selection = self.predictions[index % 2]
+            self._wait(self.done, index)
         else:
             selection = self.selection
+            if predicted:
+                self._wait(self.chosen, index)  # both choices change the token-to-slot map
             cache.choose(query, scale, selection, self.work, TRUE)
+            if predicted:
+                self._wait(self.done, index)  # a slot of a wrong prediction may be written a second time
             cache.gather(self.work)
             if index + 1 in self.predicted_layers:
                 self._after_late_rows(index)
         cache.keep(selection)
         return selection
+
+    def _wait(self, events: dict[int, torch.cuda.Event], index: int) -> None:
+        """Order the main stream after an event of layer `index`."""
+        if self.on_gpu:
+            torch.cuda.current_stream().wait_event(events[index])
 
     def _after_late_rows(self, index: int) -> None:
         """Layer `index` has its rows: the link is free for those of the next one."""
@@ -143,3 +148,8 @@ class Prefetcher:
             self.fetched[index].record()
             self.copy_stream.wait_event(self.fetched[index])
         self._gather_ahead(index + 1)
+
+
+def events(caches: Mapping[int, LayerCache], on_gpu: bool) -> dict[int, torch.cuda.Event]:
+    """One event a layer; none without a GPU, where everything runs in order."""
+    return {index: torch.cuda.Event() for index in caches} if on_gpu else {}

@@ -98,6 +98,7 @@ def combine(dtype: str, dim: int, has_sink: bool) -> Case:
 
 def merge(dtype: str, dim: int, dim_pad: int) -> Case:
     pointers = {"out": f"*{dtype}", "other": f"*{dtype}", "lse": "*fp32", "other_lse": "*fp32"}
+    pointers["into"] = "*fp32"
     return Case("merge_attention", "_merge_kernel", pointers, {"DIM": dim, "DIM_PAD": dim_pad, "BLOCK": 32})
 
 

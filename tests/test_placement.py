@@ -80,3 +80,33 @@ def test_prefill_waits_for_its_own_layers_rows_only(monkeypatch, device):
     monkeypatch.setattr(HostRows, "_allocate", slow_allocate)
     offloaded(model, budget=24).generate(ids, max_new_tokens=2, do_sample=False, on_prefill=on_prefill)
     assert in_time == [True] * layers
+
+
+@pytest.mark.parametrize("length", [3, 30, 300])
+def test_a_long_prefill_takes_the_slots_memory(monkeypatch, device, length):
+    """No slots while it runs; what comes after is as in fresh caches, graph or not."""
+    model, small = random_llama(device=device), {"budget": 24, "slots": 40}
+    ids = [random_ids(length, seed=seed, device=device) for seed in range(3)]
+    expected = [logits_of(offloaded(model, **small).generate, prompt, 6) for prompt in ids]
+    question = torch.cat([expected[2][0], random_ids(5, seed=9, device=device)], 1)
+    monkeypatch.setattr("offload_runtime.session.KEEP_SLOTS_TOKENS", 0)
+    runtime = offloaded(model, **small)
+    held: list[bool] = []
+
+    def on_prefill(*_):
+        held.extend(c.resident._slots is not None for c in runtime._session.caches)
+
+    for prompt, (expected_ids, expected_logits) in zip(ids, expected, strict=True):
+        got_ids, got_logits = logits_of(runtime.generate, prompt, 6, on_prefill=on_prefill)
+        assert torch.equal(got_ids, expected_ids)
+        assert torch.equal(got_logits, expected_logits)
+    assert held
+    assert not any(held)
+    monkeypatch.setattr("offload_runtime.session.KEEP_SLOTS_TOKENS", 100)
+    slots = runtime._session.caches[0].resident.slots
+    _, got = logits_of(runtime.generate, question, 6, resume=True)
+    assert runtime._session.caches[0].resident.slots is slots
+    other = offloaded(model, **small)
+    other.generate(ids[2], max_new_tokens=6, do_sample=False)
+    _, want = logits_of(other.generate, question, 6, resume=True)
+    assert torch.equal(got, want)

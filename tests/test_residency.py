@@ -1,11 +1,13 @@
-"""Resolving selections against the resident set: the GPU kernel has the bits of the reference."""
+"""Resolving selections against the resident set: the GPU kernels have the bits of the reference."""
 
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+from offload_runtime.kernels.cuda_source import runs_hopper_source
 from offload_runtime.kernels.residency import resolve, resolve_reference, resolve_triton
+from offload_runtime.kernels.resolve_cluster import resolve_in_clusters
 
 
 @dataclass
@@ -55,14 +57,20 @@ def random_selection(generator, batch, kv_heads, capacity, k_max, counts, device
 def run_both(selections, batch, kv_heads, capacity, n_slots, k_max, device):
     """Resolve the selections one after the other both ways; every tensor must agree each time."""
     reference = Resident.empty(batch, kv_heads, capacity, n_slots, k_max, device)
-    kernel = Resident.empty(batch, kv_heads, capacity, n_slots, k_max, device)
+    kernels = (
+        [resolve_triton, resolve_in_clusters]
+        if runs_hopper_source(torch.device(device))
+        else [resolve_triton]
+    )
+    residents = [Resident.empty(batch, kv_heads, capacity, n_slots, k_max, device) for _ in kernels]
     for i, (tokens, counts) in enumerate(selections):
         step = torch.tensor([5 + i // 2], dtype=torch.int32, device=device)
         reference.resolve(resolve_reference, tokens, counts, step, i % 2)
-        kernel.resolve(resolve_triton, tokens, counts, step, i % 2)
-        for name, expected in vars(reference).items():
-            assert torch.equal(getattr(kernel, name), expected), f"{name} differs in selection {i}"
-    return kernel
+        for run, resident in zip(kernels, residents, strict=True):
+            resident.resolve(run, tokens, counts, step, i % 2)
+            for name, expected in vars(reference).items():
+                assert torch.equal(getattr(resident, name), expected), f"{run.__name__}: {name}, {i}"
+    return residents[-1]
 
 
 @pytest.mark.parametrize(
@@ -127,11 +135,11 @@ def test_replays_in_a_cuda_graph():
     reference, kernel = (Resident.empty(1, 2, 5000, 600, 512, "cuda") for _ in range(2))
     tokens, counts = random_selection(generator, 1, 2, 5000, 512, [512], "cuda")
     step = torch.tensor([0], dtype=torch.int32, device="cuda")
-    Resident.empty(1, 2, 5000, 600, 512, "cuda").resolve(resolve_triton, tokens, counts, step, 0)
+    Resident.empty(1, 2, 5000, 600, 512, "cuda").resolve(resolve, tokens, counts, step, 0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kernel.resolve(resolve_triton, tokens, counts, step, 0)
+        kernel.resolve(resolve, tokens, counts, step, 0)
     for i in range(1, 5):
         selection = random_selection(generator, 1, 2, 5000, 512, [512 - 100 * i], "cuda")
         tokens.copy_(selection[0])

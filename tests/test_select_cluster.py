@@ -120,6 +120,15 @@ def test_lengths(length, budget):
 
 @pytest.mark.gpu
 @needs_clusters
+def test_a_large_cache_after_a_small_one():
+    large = Problem([65536], 65536, [2048])
+    compare(large)
+    compare(Problem([100], 300, [10]))
+    compare(large)
+
+
+@pytest.mark.gpu
+@needs_clusters
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("channels", [16, 32, 64, 128])
 @pytest.mark.parametrize("group", [1, 4, 7, 8])

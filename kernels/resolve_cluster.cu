@@ -1,0 +1,122 @@
+// Resolve a selection against the resident set: a thread block cluster for each (sequence, KV head).
+//
+//   1. look up: each warp takes consecutive selected tokens, stamps the slots of the hits and counts misses;
+//   2. list: a prefix over warps and CTAs gives every miss its place, in token order;
+//   3. give: the free slots, counted the same way in ring order from the hand, go to the misses.
+// The bits are those of resolve_reference.
+//
+// Compile-time: CLUSTER (CTAs), PHASE (0: prediction, 1: true selection). cluster.cuh goes before this text.
+// No includes, so that nvrtc needs no header path.
+
+constexpr int THREADS = 512;
+constexpr int WARPS = THREADS / 32;
+constexpr unsigned ALL = 0xffffffffu;
+
+struct Shared {
+    int warp_count[WARPS];
+    int cta_misses, cta_free;  // read by the other CTAs
+};
+
+// The consecutive entries of a list of n that this warp takes: a whole number of 32 each, in CTA and warp order.
+struct Segment {
+    int from, to;
+};
+
+__device__ Segment segment_of(int n, unsigned rank) {
+    int share = (n + CLUSTER * THREADS - 1) / (CLUSTER * THREADS) * 32;
+    int from = min(((int)rank * WARPS + (int)(threadIdx.x >> 5)) * share, n);
+    return {from, min(from + share, n)};
+}
+
+// Entries counted before this warp's, given its own count (the same in every lane), and the cluster's total.
+// Ends with a cluster barrier, so what was written before it can be read after it.
+__device__ int place_of_warp(int count, unsigned rank, Shared& shared, int* cta_count, int& total) {
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    if (lane == 0) shared.warp_count[warp] = count;
+    __syncthreads();
+    int counted = lane < WARPS ? shared.warp_count[lane] : 0;
+    if (warp == 0) {
+        int sum = __reduce_add_sync(ALL, counted);
+        if (lane == 0) *cta_count = sum;
+    }
+    cluster_sync();
+    int of_cta = lane < CLUSTER ? (int)remote_load(cta_count, lane) : 0;
+    total = __reduce_add_sync(ALL, of_cta);
+    return __reduce_add_sync(ALL, (lane < warp ? counted : 0) + (lane < (int)rank ? of_cta : 0));
+}
+
+__device__ int load_shared_by_ctas(const int* source) { return __ldcg(source); }  // another CTA may have written it
+
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS) resolve_cluster(
+    const int* tokens, const int* counts, int* slot_of_token, int* token_in_slot, int* stamps, int* hand,
+    const int* step, int* miss_tokens, int* miss_slots, int* miss_counts, unsigned long long* counters,
+    int kv_heads, int k_max, int capacity, int n_slots) {
+    __shared__ Shared shared;
+    unsigned rank = cta_rank(), before = (1u << (threadIdx.x & 31)) - 1u;
+    int lane = threadIdx.x & 31, sequence = blockIdx.z;
+    long long row = (long long)sequence * kv_heads + blockIdx.y;
+    int count = counts[sequence], now = 2 * *step + PHASE, start = hand[row];
+    tokens += row * k_max, miss_tokens += row * k_max, miss_slots += row * k_max;
+    counters += sequence * 6;  // [B, 2, 3]
+    slot_of_token += row * capacity, token_in_slot += row * n_slots, stamps += row * n_slots;
+
+    Segment mine = segment_of(count, rank);
+    int missed = 0, predicted = 0;
+#pragma unroll 4
+    for (int first = mine.from; first < mine.to; first += 32) {
+        int i = first + lane;
+        int slot = i < mine.to ? slot_of_token[tokens[i]] : 0;
+        missed += __popc(__ballot_sync(ALL, slot < 0));
+        if (i < mine.to && slot >= 0) {
+            if (PHASE == 1) predicted += stamps[slot] == now - 1;
+            stamps[slot] = now;
+        }
+    }
+    int misses, place = place_of_warp(missed, rank, shared, &shared.cta_misses, misses);
+    if (PHASE == 1) {
+        predicted = __reduce_add_sync(ALL, predicted);
+        if (lane == 0 && predicted) atomicAdd(counters + PHASE * 3 + 2, (unsigned long long)predicted);
+    }
+    if (rank == 0 && threadIdx.x == 0) {
+        miss_counts[row] = misses;
+        atomicAdd(counters + PHASE * 3, (unsigned long long)count);
+        atomicAdd(counters + PHASE * 3 + 1, (unsigned long long)(count - misses));
+    }
+    for (int first = mine.from; first < mine.to; first += 32) {
+        int i = first + lane;
+        int token = i < mine.to ? tokens[i] : 0;
+        bool miss = i < mine.to && slot_of_token[token] < 0;
+        unsigned all = __ballot_sync(ALL, miss);
+        if (miss) miss_tokens[place + __popc(all & before)] = token;
+        place += __popc(all);
+    }
+
+    mine = segment_of(misses ? n_slots : 0, rank);  // slots in ring order from the hand
+    int found = 0;
+#pragma unroll 4
+    for (int first = mine.from; first < mine.to; first += 32) {
+        int i = first + lane, slot = start + i;
+        if (slot >= n_slots) slot -= n_slots;
+        found += __popc(__ballot_sync(ALL, i < mine.to && load_shared_by_ctas(stamps + slot) != now));
+    }
+    int all_free;
+    place = place_of_warp(found, rank, shared, &shared.cta_free, all_free);
+    for (int first = mine.from; first < mine.to && place < misses; first += 32) {
+        int i = first + lane, slot = start + i;
+        if (slot >= n_slots) slot -= n_slots;
+        bool is_free = i < mine.to && load_shared_by_ctas(stamps + slot) != now;
+        unsigned all = __ballot_sync(ALL, is_free);
+        int given = place + __popc(all & before);
+        if (is_free && given < misses) {
+            int token = load_shared_by_ctas(miss_tokens + given), evicted = token_in_slot[slot];
+            if (evicted >= 0) slot_of_token[evicted] = -1;
+            slot_of_token[token] = slot;
+            token_in_slot[slot] = token;
+            stamps[slot] = now;
+            miss_slots[given] = slot;
+            if (given == misses - 1) hand[row] = slot + 1 == n_slots ? 0 : slot + 1;
+        }
+        place += __popc(all);
+    }
+    cluster_sync();  // no CTA leaves while another may read its shared memory
+}

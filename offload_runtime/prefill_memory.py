@@ -1,0 +1,36 @@
+"""Bytes that a prefill works in, beside weights and caches."""
+
+from .cache.layout import KVLayout
+from .model_check import ModelShape
+
+CPU_LOGIT_BLOCK_BYTES = 512 << 20  # the CPU prefill keeps a block of logits of a few hundred MB
+
+
+def prefill_bytes(shape: ModelShape, layout: KVLayout, chunk: int, tokens: int, on_gpu: bool) -> int:
+    """Peak beside the caches while one sequence of S tokens prefills.
+
+    Hidden states [S, E] all the time. With them first the making of the rotary tables
+    (float32: angles, both halves, cosine, sine and a product of them), then the tables
+    2 x [S, D], one layer's rows [Hkv, capacity, row] and one chunk's activations.
+    """
+    item = shape.dtype.itemsize
+    chunk = min(tokens, chunk)
+    hidden = tokens * shape.hidden * item
+    making_rotary = tokens * shape.head_dim * 18  # 4 bytes x 4.5
+    rows = layout.kv_heads * layout.capacity * layout.row_bytes
+    activations = chunk * max(mlp_bytes(shape), attention_bytes(shape))
+    running = 2 * tokens * shape.head_dim * item + rows + activations
+    return hidden + max(making_rotary, running) + (0 if on_gpu else CPU_LOGIT_BLOCK_BYTES)
+
+
+def mlp_bytes(shape: ModelShape) -> int:
+    """Per token: the activated gate, the up projection and their product; input, residual."""
+    item, width = shape.dtype.itemsize, shape.experts_used * shape.intermediate
+    return (3 * width + 2 * shape.hidden) * item
+
+
+def attention_bytes(shape: ModelShape) -> int:
+    """Per token: input, q, k, v, two parts' outputs and the float32 sum of parts merged so far."""
+    item, wide = shape.dtype.itemsize, shape.query_heads * shape.head_dim
+    keys = 2 * shape.kv_heads * shape.head_dim
+    return (2 * shape.hidden + 3 * wide + keys) * item + 4 * wide
