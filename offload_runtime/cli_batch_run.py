@@ -34,6 +34,7 @@ from .loading import load_tokenizer
 from .model_check import ModelShape, check_config, check_label_channels, position_warning
 from .places import Work, choose_places
 from .planner import require
+from .speed import Traffic
 
 AUTO = "auto"
 TERMINATED = 143  # 128 + SIGTERM
@@ -160,7 +161,7 @@ def places_for(request: BatchRequest, run: JobRun, config: RuntimeConfig, model_
         return 1
     if has_length_rotary(model_config):
         return 1
-    job = Work(len(run.left), run.job.max_new_tokens, config.new_rows)
+    job = Work(len(run.left), run.job.max_new_tokens, Traffic(config.prefetch, config.new_rows))
     return choose_places(planned, weights_of(source, model_config), job)
 
 

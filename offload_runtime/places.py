@@ -4,11 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .planner import Plan
-from .speed import Rates, predict
+from .speed import Rates, Traffic, predict
 from .weights import Weights
 
 MOST_PLACES = 8
-MISS_RATE = 0.3  # of a selection, as predictions assume where nothing was measured
 PIN_S_PER_BYTE = 0.33 / 2**30  # measured: mmap, 16 threads touching, cudaHostRegister
 WORTH = 0.95  # of the time with fewer places: a smaller gain is not worth the memory
 
@@ -19,7 +18,7 @@ class Work:
 
     documents: int
     new_tokens: int
-    new_rows: int | None
+    traffic: Traffic
 
 
 def choose_places(plan_of: Callable[[int], Plan], weights: Weights, work: Work) -> int:
@@ -41,7 +40,7 @@ def job_seconds(plan: Plan, weights: Weights, work: Work) -> float:
     One place decodes after its prefill; with more, the decoding is hidden behind
     the prefills of others as far as it is shorter.
     """
-    times = predict(plan, weights, Rates(), work.new_rows, MISS_RATE)
+    times = predict(plan, weights, Rates(), work.traffic)
     prefill = times.ttft / plan.batch
     decode = work.new_tokens * times.offload_tpot / plan.batch
     each = prefill + decode if plan.batch == 1 else max(prefill, decode)
