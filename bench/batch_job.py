@@ -64,6 +64,11 @@ def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
 
 
+def in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By id: with several places lines come in the order of completion."""
+    return sorted(records, key=lambda record: record["id"])
+
+
 def killed_run(
     command: list[str], output: Path, log: Path, kills: int, loading_s: float, work_s: float
 ) -> dict[str, Any]:
@@ -86,7 +91,7 @@ def main() -> None:
     parser.add_argument("--ctx", type=int, default=262_144)
     parser.add_argument("--budget", default="1/16")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--places", default="auto")
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument(
         "--work", type=Path, default=Path("batch_job"), help="a folder to make, for the files"
@@ -102,18 +107,17 @@ def main() -> None:
     command = [
         sys.executable, "-m", "offload_runtime", "batch", "--input", str(work / "docs"),
         "--prompt-template", str(template), "--ctx", str(options.ctx), "--budget", options.budget,
-        "--max-new-tokens", str(options.max_new_tokens), "--batch-size", str(options.batch_size),
+        "--max-new-tokens", str(options.max_new_tokens), "--places", options.places,
         *(["--model", options.model] if options.model else []),
     ]  # fmt: skip
     started = time.perf_counter()
     code = run([*command, "--output", str(work / "whole.jsonl")], log)
     seconds = time.perf_counter() - started
     records = read(work / "whole.jsonl")
-    work_s = sum(record["seconds"] for record in records) / options.batch_size
+    work_s = min(seconds, sum(record["seconds"] for record in records))
+    loading_s = max(0, seconds - work_s)
     output = work / "killed.jsonl"
-    killed = killed_run(
-        [*command, "--output", str(output)], output, log, options.kills, max(0, seconds - work_s), work_s
-    )
+    killed = killed_run([*command, "--output", str(output)], output, log, options.kills, loading_s, work_s)
     again = read(output)
     report = {
         "job": {
@@ -129,8 +133,9 @@ def main() -> None:
         "documents_per_hour": round(3600 * len(records) / work_s, 1),
         "killed_run": {
             **killed,
-            "same_lines": without_times(again) == without_times(records),
-            "same_ids": [record["id"] for record in again] == [record["id"] for record in records],
+            "same_lines": in_order(without_times(again)) == in_order(without_times(records)),
+            "same_ids": [record["id"] for record in in_order(again)]
+            == [record["id"] for record in in_order(records)],
         },
         "lines": [{name: value for name, value in record.items() if name != "text"} for record in records],
     }

@@ -156,7 +156,7 @@ class DrivenSession(Session):
 
     def counted(self) -> dict[str, int]:
         """Rows since restart(): selected to attend to, fetched, and of those attended to the predicted."""
-        counters = torch.stack([cache.counters for cache in self.offloaded.values()])  # [L, 2, 3]
+        counters = torch.stack([cache.counters.sum(0) for cache in self.offloaded.values()])  # [L, 2, 3]
         fetched = int((counters[:, :, SELECTED] - counters[:, :, HITS]).sum())
         late = counters[:, TRUE]
         predicted_only = late[:, SELECTED] == 0  # mode "predict": these layers attend to the prediction

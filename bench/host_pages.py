@@ -130,7 +130,7 @@ def resolves() -> torch.cuda.CUDAGraph:
     token_in_slot, stamps = integers(1, HEADS, BUDGET) - 1, integers(1, HEADS, BUDGET) - 1
     hand, step = integers(1, HEADS), integers(1) + 1
     misses = (integers(1, HEADS, BUDGET), integers(1, HEADS, BUDGET), integers(1, HEADS))
-    counters = torch.zeros(2, 3, dtype=torch.int64, device="cuda")
+    counters = torch.zeros(1, 2, 3, dtype=torch.int64, device="cuda")
     resident = (slot_of_token, token_in_slot, stamps, hand, step)
 
     def resolve_all() -> None:

@@ -123,7 +123,7 @@ def bench_resolve(shape: Shape, budget: int):
     stamps, hand = torch.full((b, h, n_slots), -1, **INT32), torch.zeros(b, h, **INT32)
     misses = (torch.empty(b, h, budget, **INT32), torch.empty(b, h, budget, **INT32))
     counts, miss_counts = torch.full((b,), budget, **INT32), torch.empty(b, h, **INT32)
-    counters = torch.zeros(2, 3, dtype=torch.int64, device="cuda")
+    counters = torch.zeros(b, 2, 3, dtype=torch.int64, device="cuda")
     state = (slot_of_token, token_in_slot, stamps, hand)
     steps = torch.ones(1, **INT32), torch.full((1,), 2, **INT32)
     calls: Calls = [

@@ -20,22 +20,23 @@ from .layout import KVLayout
 from .resident_set import ResidentSet
 from .selection import Selection, Workspace
 
-PREDICTED, TRUE = 0, 1  # phases of a step, the first index of the counters
+PREDICTED, TRUE = 0, 1  # phases of a step, the second index of the counters
 
 
 @dataclass
 class BatchState:
     """What changes from step to step, in GPU memory, shared by all layers."""
 
-    lengths: torch.Tensor  # [B] int32: tokens, the current one included
+    lengths: torch.Tensor  # [B] int32: tokens, the current one included; 0 in an empty place
     positions: torch.Tensor  # [B] int32: the current token's, lengths - 1
     budgets: torch.Tensor  # [B] int32: K of each sequence
     step: torch.Tensor  # [1] int32: decode steps since the caches were cleared
+    active: torch.Tensor  # [B] int32: tokens a step adds, 1; 0 in an empty place
 
     def advance(self) -> None:
-        """Make room for one more token in every sequence."""
-        self.positions.copy_(self.lengths)
-        self.lengths.add_(1)
+        """Make room for one more token in every sequence; an empty place stays at length 0."""
+        self.lengths.add_(self.active)
+        torch.sub(self.lengths, 1, out=self.positions)
         self.step.add_(1)
 
 
@@ -59,7 +60,7 @@ class LayerCache:
         self.maps = LabelMaps(layout, device)
         self.previous = Selection(layout, device) if new_rows is not None else None
         self.one_kernel = cluster_select_available(device, layout.capacity)
-        self.counters = torch.zeros(2, 3, dtype=torch.int64, device=device)
+        self.counters = torch.zeros(layout.batch, 2, 3, dtype=torch.int64, device=device)
 
     def clear(self) -> None:
         """Start clean: nothing resident, nothing counted, no previous selection."""
@@ -67,6 +68,13 @@ class LayerCache:
         self.counters.zero_()
         if self.previous is not None:
             self.previous.clear()
+
+    def clear_place(self, place: int) -> None:
+        """Start one sequence's place clean and leave the others as they are."""
+        self.resident.clear_place(place)
+        self.counters[place].zero_()
+        if self.previous is not None:
+            self.previous.clear_place(place)
 
     def make_slots(self) -> None:
         """Allocate the slots unless they exist."""

@@ -56,6 +56,13 @@ class ResidentSet:
         self.stamps.fill_(-1)
         self.hand.zero_()
 
+    def clear_place(self, place: int) -> None:
+        """Forget one sequence's rows."""
+        for mapping in (self.slot_of_token, self.token_in_slot, self.stamps):
+            mapping[place].fill_(-1)
+        self.hand[place].zero_()
+        self._waiting.pop(place, None)
+
     def load_fixed(self, sequence: int, rows: torch.Tensor) -> None:
         """Fill one sequence's sinks and ring from its rows [Hkv, S, row] after prefill.
 

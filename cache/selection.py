@@ -17,6 +17,10 @@ class Selection:
         self.tokens.fill_(-1)
         self.counts.zero_()
 
+    def clear_place(self, place: int) -> None:
+        self.tokens[place].fill_(-1)
+        self.counts[place].zero_()
+
     def copy_from(self, other: "Selection") -> None:
         self.tokens.copy_(other.tokens)
         self.counts.copy_(other.counts)

@@ -30,13 +30,16 @@ def append_rows_reference(
 ) -> None:
     """Write one row per sequence and KV head at position lengths - 1.
 
-    key and value [B, Hkv, D]; lengths [B] int32, the current token included;
+    key and value [B, Hkv, D]; lengths [B] int32, the current token included, 0 for an
+    empty place, which appends nothing;
     slots [B, Hkv, sinks + recent + n_slots, 2 D]: places [0, sinks) are the
     sinks and [sinks, sinks + recent) the ring, position p at p % recent;
     host_rows [B, Hkv, N, 2 D], pinned on a CUDA machine; None for a layer that stays on the GPU.
     """
     row = torch.cat([key, value], -1)  # [B, Hkv, 2 D]
     for b, length in enumerate(lengths.tolist()):
+        if not length:
+            continue
         position = length - 1
         place = position if position < sinks else sinks + position % recent
         slots[b, :, place] = row[b]
@@ -81,7 +84,7 @@ def _append_rows_kernel(
     position = tl.load(lengths + i_b).to(tl.int64) - 1
     place = tl.where(position < SINKS, position, SINKS + position % RECENT)
     o_d = tl.arange(0, DIM_PAD)
-    m_d = o_d < DIM
+    m_d = o_d < tl.where(position >= 0, DIM, 0)  # an empty place stores nothing
     b_key = tl.load(key + i_b * key_b + i_h * key_h + o_d, mask=m_d)  # [D]
     b_value = tl.load(value + i_b * value_b + i_h * value_h + o_d, mask=m_d)  # [D]
     p_slot = slots + i_b * slots_b + i_h * slots_h + place * (2 * DIM) + o_d

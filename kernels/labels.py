@@ -43,7 +43,8 @@ def make_labels_reference(
     """Write the labels of T consecutive tokens into the label cache, in place.
 
     keys [B, Hkv, T, D] (after RoPE); key_map [Hkv, R, D] and key_mean [Hkv, D]
-    float32; starts [B] int32: the position of each sequence's first key;
+    float32; starts [B] int32: the position of each sequence's first key, -1 for an
+    empty place, which gets none;
     codes [B, Hkv, N, code_width]; scales [B, Hkv, N, 2] float16 (scale, offset),
     untouched at 16 bits.
     """
@@ -51,6 +52,8 @@ def make_labels_reference(
     centred = keys.float() - key_mean[None, :, None, :]
     labels = torch.einsum("bhtd,hrd->bhtr", centred, key_map)  # [B, Hkv, T, R]
     for b, start in enumerate(starts.tolist()):
+        if start < 0:
+            continue
         if bits == 16:
             codes[b, :, start : start + tokens] = labels[b].to(codes.dtype)
             continue
@@ -128,7 +131,7 @@ def _make_labels_kernel(
     start = tl.load(starts + i_b).to(tl.int64)
     o_t = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     o_r = tl.arange(0, R)
-    m_t = o_t < tokens
+    m_t = o_t < tl.where(start >= 0, tokens, 0)  # none in an empty place
     b_label = tl.zeros([BLOCK, R], tl.float32)
     for first in range(0, DIM, BLOCK_D):
         o_d = first + tl.arange(0, BLOCK_D)

@@ -69,7 +69,7 @@ def prefill_attention(
     sink_logits: torch.Tensor | None = None,
     attention: Attention = flash_attention,
 ) -> torch.Tensor:
-    """prefill_attention_reference; on CUDA in 16 bits a fast form: `attention`, or what masks and sinks need."""
+    """prefill_attention_reference; on CUDA in 16 bits `attention`, or what masks and sinks need."""
     dim = query.shape[3]
     half = query.dtype in (torch.bfloat16, torch.float16)
     if not (query.is_cuda and half and dim <= LARGEST_DIM):

@@ -12,7 +12,7 @@ import triton.language as tl
 from .cuda_source import runs_hopper_source
 from .resolve_cluster import resolve_in_clusters
 
-# counters [phase, what]: phase 0 is the prediction, 1 the true selection.
+# counters [sequence, phase, what]: phase 0 is the prediction, 1 the true selection.
 SELECTED, HITS, FROM_PREDICTION = 0, 1, 2
 
 
@@ -37,7 +37,7 @@ def resolve_reference(
     [B, Hkv, n_slots] int32: its inverse; stamps [B, Hkv, n_slots] int32: when
     a slot was last selected, 2 * step + phase; hand [B, Hkv] int32; step [1]
     int32. n_slots >= K. Writes miss_tokens and miss_slots [B, Hkv, K] and
-    miss_counts [B, Hkv] int32, and adds to counters [2, 3] int64.
+    miss_counts [B, Hkv] int32, and adds to counters [B, 2, 3] int64.
     """
     now = 2 * int(step) + phase
     n_slots = token_in_slot.shape[-1]
@@ -61,7 +61,7 @@ def resolve_reference(
             miss_tokens[b, h, : len(missed)] = missed.int()
             miss_slots[b, h, : len(missed)] = victims.int()
             miss_counts[b, h] = len(missed)
-            counters[phase] += torch.tensor(
+            counters[b, phase] += torch.tensor(
                 [len(chosen), len(hit), predicted], dtype=torch.int64, device=counters.device
             )
 
@@ -153,9 +153,10 @@ def resolve_kernel(
 
     tl.store(hand + row, (last + 1) % n_slots)
     tl.store(miss_counts + row, misses)
-    tl.atomic_add(counters + PHASE * 3 + 0, count.to(tl.int64), sem="relaxed")
-    tl.atomic_add(counters + PHASE * 3 + 1, (count - misses).to(tl.int64), sem="relaxed")
-    tl.atomic_add(counters + PHASE * 3 + 2, tl.cast(predicted, tl.int64), sem="relaxed")
+    counters += (row // kv_heads) * 6 + PHASE * 3
+    tl.atomic_add(counters + 0, count.to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters + 1, (count - misses).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters + 2, tl.cast(predicted, tl.int64), sem="relaxed")
 
 
 def resolve(

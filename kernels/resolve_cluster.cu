@@ -57,6 +57,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     long long row = (long long)sequence * kv_heads + blockIdx.y;
     int count = counts[sequence], now = 2 * *step + PHASE, start = hand[row];
     tokens += row * k_max, miss_tokens += row * k_max, miss_slots += row * k_max;
+    counters += sequence * 6;  // [B, 2, 3]
     slot_of_token += row * capacity, token_in_slot += row * n_slots, stamps += row * n_slots;
 
     Segment mine = segment_of(count, rank);

@@ -49,7 +49,8 @@ def sparse_attention_reference(
     [B, Hkv, K] ascending and counts [B] int32: the selection; slot_of_token
     [B, Hkv, N] int32; lengths [B] int32, the current token included. softcap
     bounds logits as softcap * tanh(x / softcap), 0 for none; sink_logits [Hq]
-    are learned logits that take mass without a value (GPT-OSS).
+    are learned logits that take mass without a value (GPT-OSS). A sequence of
+    length 0 (an empty place) has nothing to attend to and gets zeros.
     """
     heads, dim = query.shape[1:]
     kv_heads = slots.shape[1]
@@ -224,9 +225,10 @@ def _combine_kernel(
     if HAS_SINK:
         sink = tl.load(sink_logits + i_bq % HEADS).to(tl.float32) * LOG2E
         top = tl.maximum(top, sink)
+    top = tl.where(top > float("-inf"), top, 0.0)  # an empty place has no rows at all
     b_weight = tl.exp2(b_top - top)
     total = tl.sum(b_weight * b_sum, 0)
     if HAS_SINK:
         total += tl.exp2(sink - top)
-    b_out = tl.sum(b_part * b_weight[:, None], 0) / total
+    b_out = tl.sum(b_part * b_weight[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out + i_bq * DIM + o_d, b_out.to(out.dtype.element_ty), mask=m_d)

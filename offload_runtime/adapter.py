@@ -118,8 +118,12 @@ class ModelAdapter:
 
     @contextmanager
     def handled_by(self, handlers: Sequence[Handler]) -> Iterator[None]:
-        """Route every layer's attention to its handler; restore the model's own attention afterwards."""
+        """Route every layer's attention to its handler; afterwards to where it went before.
+
+        May be entered within itself: a decode step between two chunks of a prefill.
+        """
         before = self.model.config._attn_implementation
+        outer = [getattr(attention, "offload_handler", None) for attention in self.attentions]
         self.model.set_attn_implementation(IMPLEMENTATION)
         held = nullcontext() if self.length_rotary is None else self.length_rotary.held()
         try:
@@ -128,8 +132,10 @@ class ModelAdapter:
             with held:
                 yield
         finally:
-            for attention in self.attentions:
-                if hasattr(attention, "offload_handler"):
+            for attention, before_it in zip(self.attentions, outer, strict=True):
+                if before_it is not None:
+                    attention.offload_handler = before_it
+                elif hasattr(attention, "offload_handler"):
                     del attention.offload_handler
             self.model.set_attn_implementation(before)
 

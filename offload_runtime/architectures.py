@@ -100,6 +100,12 @@ class LengthRotary:
             rotary.__dict__.pop("forward", None)
 
 
+def has_length_rotary(config: Any) -> bool:
+    """Whether the model's rotary frequencies depend on a sequence's length."""
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    return rope.get("rope_type") in LENGTH_DEPENDENT
+
+
 def length_rotary(base: nn.Module, config: Any) -> LengthRotary | None:
     """The model's rotary module where its frequencies depend on length, else None."""
     text = config.get_text_config(decoder=True)

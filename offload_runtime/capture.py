@@ -6,12 +6,17 @@ from contextlib import suppress
 import torch
 
 
-def capture(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
-    """A graph of what `work` launches; nothing runs. RuntimeError with the first cause if it cannot be."""
+def capture(
+    work: Callable[[], None], device: torch.device, stream: torch.cuda.Stream | None = None
+) -> torch.cuda.CUDAGraph:
+    """A graph of what `work` launches, captured on `stream`; nothing runs. RuntimeError with the first cause if it cannot be."""
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     try:
         # torch.cuda.graph leaves its own stream current when it cannot end; the outer context does not.
-        with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph, pool=pool):
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(device)),
+            torch.cuda.graph(graph, pool=pool, stream=stream),
+        ):
             work()
     except torch.cuda.OutOfMemoryError:
         raise

@@ -23,7 +23,12 @@ CombineTemplate = Annotated[str, typer.Option(help="The prompt that joins answer
 MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
 TextField = Annotated[str, typer.Option(help="JSONL field with the document's text.")]
 IdField = Annotated[str | None, typer.Option(help="JSONL field with its id. Default: id, else line-N.")]
-BatchSize = Annotated[int, typer.Option(help="Documents decoded together.")]
+Places = Annotated[
+    str,
+    typer.Option(
+        help="Documents decoded together, each leaving when done: a number, or auto (the plan says)."
+    ),
+]
 Shard = Annotated[str | None, typer.Option(help="Do part i of n, as in 2/8; writes OUT.2-of-8.jsonl.")]
 Chat = Annotated[
     bool | None, typer.Option("--chat/--no-chat", help="Use the chat template. Default: if there is one.")
@@ -52,7 +57,7 @@ def batch(
     max_new_tokens: MaxNewTokens = 512,
     text_field: TextField = "text",
     id_field: IdField = None,
-    batch_size: BatchSize = 1,
+    places: Places = "auto",
     shard: Shard = None,
     chat: Chat = None,
     temperature: Temperature = None,
@@ -103,7 +108,7 @@ def summarize(
     max_new_tokens: MaxNewTokens = 512,
     text_field: TextField = "text",
     id_field: IdField = None,
-    batch_size: BatchSize = 1,
+    places: Places = "auto",
     shard: Shard = None,
     chat: Chat = None,
     temperature: Temperature = None,

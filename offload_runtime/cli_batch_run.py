@@ -12,9 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .architectures import has_length_rotary
 from .cli_exits import RUN_ERROR, warn
 from .cli_generate import check_file
-from .cli_model import config_of, plan_of
+from .cli_model import config_of, plan_of, weights_of
 from .cli_model import load as load_offloaded
 from .cli_options import ModelSource
 from .cli_progress import quiet_unless_terminal
@@ -31,8 +32,11 @@ from .jobs.ray_job import run_on_ray
 from .jobs.rich_progress import JobBars
 from .loading import load_tokenizer
 from .model_check import ModelShape, check_config, check_label_channels, position_warning
+from .places import Work, choose_places
 from .planner import require
+from .speed import Traffic
 
+AUTO = "auto"
 TERMINATED = 143  # 128 + SIGTERM
 COMPRESSED = (".pdf", ".docx")  # their text may have more bytes than the file
 WEIGHT_FORMS = ("rope_scaling", "quantize", "gguf_file")  # options that make another model of the same name
@@ -54,7 +58,7 @@ class BatchRequest:
     max_new_tokens: int
     text_field: str
     id_field: str | None
-    batch_size: int
+    places: str
     shard: str | None
     chat: bool | None
     force: bool
@@ -77,10 +81,12 @@ def run_batch(request: BatchRequest) -> None:
     job = make_job(request, config, chat)
     with watching(request) as watchers, JobRun(job) as run:
         if run.left and request.ray_actors is not None:
-            run_on_ray(run, partial(load, request, config, chat), request.ray_actors, watchers)
+            places = 1 if request.places == AUTO else parse_places(request.places)
+            loader = partial(load, request, config, chat, places, config.ctx)
+            run_on_ray(run, loader, request.ray_actors, watchers, places)
         elif run.left:
-            check_plan(request, run, config, model_config)
-            model = load(request, config, chat)
+            places = places_for(request, run, config, model_config)
+            model = load(request, config, chat, places, longest(run, job))
             try:
                 run.run(model, watchers)
             finally:
@@ -124,7 +130,6 @@ def make_job(request: BatchRequest, config: RuntimeConfig, chat: bool) -> Job:
         combine=load_template(request.combine_template),
         text_field=request.text_field,
         id_field=request.id_field,
-        batch_size=request.batch_size,
         shard=None if request.shard is None else parse_shard(request.shard),
         model_settings={
             "model": source.name_or_path,
@@ -143,24 +148,45 @@ def make_job(request: BatchRequest, config: RuntimeConfig, chat: bool) -> Job:
     )
 
 
-def check_plan(request: BatchRequest, run: JobRun, config: RuntimeConfig, model_config: Any) -> None:
-    """RunError when the longest batch that may come up does not fit this machine."""
+def places_for(request: BatchRequest, run: JobRun, config: RuntimeConfig, model_config: Any) -> int:
+    """How many documents to decode together. RunError when so many of the longest do not fit."""
     place = choose_device(request.source.device)
-    tokens, batch = longest(run, run.job), run.job.batch_size
-    require(plan_of(request.source, config, model_config, place, tokens, batch))
+    tokens, source = longest(run, run.job), request.source
+    planned = partial(plan_of, source, config, model_config, place, tokens)
+    if request.places != AUTO:
+        count = parse_places(request.places)
+        require(planned(count))
+        return count
+    single = planned(1)
+    require(single)
+    if place.type == "cpu" or calibration_digest(source, config) is None:
+        return 1
+    if has_length_rotary(model_config):
+        return 1
+    job = Work(len(run.left), run.job.max_new_tokens, Traffic(config.prefetch, config.new_rows))
+    return choose_places(planned, weights_of(source, model_config), job)
+
+
+def parse_places(text: str) -> int:
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    raise UserError(f"--places is {text!r}; give a number of documents, or auto")
 
 
 def longest(run: JobRun, job: Job) -> int:
-    """An upper bound on the tokens of a sequence: no tokenizer makes more tokens than bytes."""
+    """An upper bound on the tokens of a sequence: no tokenizer makes more tokens than bytes.
+
+    Of the whole input, so that a job that goes on has the caches that it had.
+    """
     compressed = [
         source
-        for source in run.left
+        for source in run.sources
         if isinstance(source, FileSource) and source.path.suffix.lower() in COMPRESSED
     ]
     if compressed:
         return job.ctx
     prompt = len(job.template.text.encode()) + PROMPT_SLACK
-    return min(job.ctx, max(source.size for source in run.left) + prompt + job.max_new_tokens)
+    return min(job.ctx, max(source.size for source in run.sources) + prompt + job.max_new_tokens)
 
 
 def calibration_digest(source: ModelSource, config: RuntimeConfig) -> str | None:
@@ -169,11 +195,12 @@ def calibration_digest(source: ModelSource, config: RuntimeConfig) -> str | None
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
-def load(request: BatchRequest, config: RuntimeConfig, chat: bool) -> ModelAnswerer:
+def load(request: BatchRequest, config: RuntimeConfig, chat: bool, places: int, tokens: int) -> ModelAnswerer:
     """The model, ready to answer."""
     source = request.source
     quiet_unless_terminal()
-    return ModelAnswerer(load_offloaded(source, vars(config)), chat, request.sampling)
+    model = load_offloaded(source, vars(config))
+    return ModelAnswerer(model, chat, request.sampling, places, tokens)
 
 
 @contextmanager

@@ -73,7 +73,7 @@ class DecodeLoop:
                 cache.make_slots()  # here, or replays would make them again
         try:
             with self._experts():
-                self.graph = capture(self._record, self.adapter.device)
+                self.graph = capture(self._record, self.adapter.device, self.prefetcher.capture_stream)
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -109,7 +109,9 @@ class DecodeLoop:
         with self.adapter.handled_by(handlers), observed, self.fusion.applied():
             logits = self.adapter.model(
                 input_ids=self.token_ids,
-                position_ids=self.state.positions.long()[:, None],  # [B, 1]
+                position_ids=self.state.positions.long().clamp_min(0)[
+                    :, None
+                ],  # [B, 1]; an empty place has -1
                 use_cache=False,
                 logits_to_keep=1,
             ).logits

@@ -18,7 +18,11 @@ def choose_device(device: str) -> torch.device:
 
 
 def free_unused(device: torch.device) -> None:
-    """Give memory that nothing refers to back to the system, where the plan can count it."""
+    """Give memory that nothing refers to back to the system, where the plan can count it.
+
+    The matrix library's workspaces too: it keeps one for every stream that it has worked on.
+    """
     gc.collect()
     if device.type == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()

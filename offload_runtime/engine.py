@@ -14,6 +14,7 @@ from .adapter import ModelAdapter
 from .arguments import pad_left, refuse_unsupported
 from .calibration import Calibration
 from .config import RuntimeConfig, make_config
+from .continuous import ContinuousBatch
 from .devices import choose_device, free_unused
 from .errors import RunError, UserError
 from .fitting import plan_session, require_weights
@@ -169,7 +170,7 @@ class OffloadedModel:
         if last is not None and last.layout.batch != batch:
             last = None
         kept = last if last is not None and any(len(ids) for ids in last.cached_ids) else None
-        calibration = kept.calibration if kept is not None else self._calibration_for(prompts[0], capacity)
+        calibration = kept.calibration if kept is not None else self.calibration_for(prompts[0], capacity)
         if kept is not None and kept.layout.capacity >= need:
             return kept
         if last is not None and last.layout.capacity == capacity and last.accepts(calibration):
@@ -183,7 +184,7 @@ class OffloadedModel:
         self._session = session
         return session
 
-    def _calibration_for(self, prompt: torch.Tensor, capacity: int) -> Calibration:
+    def calibration_for(self, prompt: torch.Tensor, capacity: int) -> Calibration:
         """The model's calibration, or one made from the prompt's first tokens when it has none."""
         if self.calibration is not None:
             return self.calibration
@@ -232,6 +233,26 @@ class OffloadedModel:
             **audit,
         }
 
+    def continuous(
+        self, places: int, tokens: int, prompt: torch.Tensor | None = None, overlap: bool = True
+    ) -> ContinuousBatch:
+        """A batch of `places` sequences of up to `tokens` tokens that come and go; see continuous.py.
+
+        A model without a calibration is calibrated on `prompt`, which only one place can be.
+        It takes the place of generate's caches.
+        """
+        capacity = self.config.capacity(tokens)
+        if self.calibration is None and (places > 1 or prompt is None):
+            raise UserError(
+                "several places need a calibration, or answers would depend on which document "
+                "came first; run `ds-offload calibrate`, or use 1 place"
+            )
+        no_prompt = torch.empty(0, dtype=torch.long)
+        calibration = self.calibration_for(no_prompt if prompt is None else prompt, capacity)
+        self._session = None
+        free_unused(self.model.device)
+        return ContinuousBatch(self._new_session(calibration, places, capacity), overlap)
+
     def save_cache(self, directory: str | Path) -> None:
         """Keep the cached tokens' rows and labels on disk, so that load_cache can go on from them.
 
@@ -263,8 +284,6 @@ class OffloadedModel:
     def close(self) -> None:
         """Free the caches, their pinned memory and the matrix library's workspaces."""
         self._session = None
-        if self.model.device.type == "cuda":
-            torch._C._cuda_clearCublasWorkspaces()
         free_unused(self.model.device)
 
     def __enter__(self) -> "OffloadedModel":

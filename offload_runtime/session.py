@@ -47,7 +47,8 @@ class Session:
         def integers(count: int) -> torch.Tensor:
             return torch.zeros(count, dtype=torch.int32, device=device)
 
-        self.state = BatchState(integers(batch), integers(batch), integers(batch), integers(1))
+        active = torch.ones(batch, dtype=torch.int32, device=device)
+        self.state = BatchState(integers(batch), integers(batch), integers(batch), integers(1), active)
         self.allocator = ThreadPoolExecutor(1, thread_name_prefix="pinned-rows")
         self.caches = [self._make_cache(window) for window in biting(adapter.windows, capacity)]
         self.offloaded = {i: cache for i, cache in enumerate(self.caches) if isinstance(cache, LayerCache)}
@@ -146,6 +147,38 @@ class Session:
         self.state.lengths.copy_(torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32))
         self.cached_ids = [prompt.cpu() for prompt in prompts]
         return torch.cat(logits)
+
+    def clear_place(self, place: int) -> None:
+        """Empty one sequence's place: steps pass over it, and what it held is forgotten."""
+        for tensor in (self.state.lengths, self.state.budgets, self.state.active):
+            tensor[place].zero_()
+        self.cached_ids[place] = self.cached_ids[place][:0]
+        for cache in self.offloaded.values():
+            cache.clear_place(place)
+
+    def prefill_place(self, place: int, prompt: torch.Tensor, on_progress: Progress) -> torch.Tensor:
+        """Prefill a 1-D prompt into an empty place, which stays empty to steps until fill_place().
+
+        Returns the logits [1, V] after its last token. Steps may be taken within on_progress.
+        """
+        run = PrefillRun(
+            self.adapter,
+            self.caches,
+            place,
+            len(prompt),
+            0,
+            self.config.chunk_tokens,
+            on_progress,
+            self.backend,
+        )
+        with self.decoder.fusion.applied(rotary=False):
+            return run.run(prompt.to(self.adapter.device)[None])
+
+    def fill_place(self, place: int, length: int, new_tokens: int) -> None:
+        """Let steps go on with a place whose prompt of `length` tokens is prefilled."""
+        self.state.budgets[place].fill_(self.config.budget_tokens(length + new_tokens))
+        self.state.lengths[place].fill_(length)
+        self.state.active[place].fill_(1)
 
     def prefill_figures(self) -> dict[str, Any]:
         """Of the last prefill: its attention, chunk and wait for pinned memory."""

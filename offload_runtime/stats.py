@@ -14,8 +14,10 @@ GB = 1e9
 CUBLAS_BYTES = 3 * (32 << 20)
 
 
-def layer_stats(cache: LayerCache | WindowCache, attends_predicted: bool) -> dict[str, Any]:
-    """Row counts of one layer since its caches were cleared.
+def layer_stats(
+    cache: LayerCache | WindowCache, attends_predicted: bool, place: int | None = None
+) -> dict[str, Any]:
+    """Row counts of one layer since its caches were cleared; of one sequence if `place` names it.
 
     selected: rows attended to besides sinks and recent ones; hits: those that
     were on the GPU when attention wanted them; misses: those fetched then and
@@ -26,7 +28,7 @@ def layer_stats(cache: LayerCache | WindowCache, attends_predicted: bool) -> dic
     if isinstance(cache, WindowCache):
         moved = dict.fromkeys(("selected", "hits", "misses", "prefetched", "bytes"), 0)
         return {**moved, "recall": None, "window": cache.window}
-    counters = cache.counters.tolist()
+    counters = (cache.counters.sum(0) if place is None else cache.counters[place]).tolist()
     phase = counters[PREDICTED] if attends_predicted else counters[TRUE]
     prefetched = counters[PREDICTED][SELECTED] - counters[PREDICTED][HITS]
     missed = counters[TRUE][SELECTED] - counters[TRUE][HITS]
@@ -42,11 +44,15 @@ def layer_stats(cache: LayerCache | WindowCache, attends_predicted: bool) -> dic
 
 
 def collect(
-    caches: Sequence[LayerCache | WindowCache], predicted: frozenset[int], attend_predicted: bool
+    caches: Sequence[LayerCache | WindowCache],
+    predicted: frozenset[int],
+    attend_predicted: bool,
+    place: int | None = None,
 ) -> dict[str, Any]:
-    """The layers' counts and their sums: hit_rate, prefetch_recall, gather_gb."""
+    """The layers' counts and their sums: hit_rate, prefetch_recall, gather_gb; of one sequence or of all."""
     layers = [
-        layer_stats(cache, attend_predicted and index in predicted) for index, cache in enumerate(caches)
+        layer_stats(cache, attend_predicted and index in predicted, place)
+        for index, cache in enumerate(caches)
     ]
     selected = sum(layer["selected"] for layer in layers)
     recalls = [layer["recall"] for layer in layers if layer["recall"] is not None]

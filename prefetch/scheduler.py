@@ -19,6 +19,8 @@ from ..cache.layer_cache import PREDICTED, TRUE, LayerCache
 from ..cache.layout import KVLayout
 from ..cache.selection import Selection, Workspace
 
+URGENT = -1  # stream priority; torch's default is 0, the lowest
+
 # (layer index, its predecessor's input [B, 1, E], the predecessor's keyword arguments)
 # -> (query [B, Hq, D], softmax scale)
 QueryPredictor = Callable[[int, torch.Tensor, dict[str, Any]], tuple[torch.Tensor, float]]
@@ -53,7 +55,11 @@ class Prefetcher:
         self.on_gpu = device.type == "cuda"
         self.ready, self.chosen, self.done, self.fetched = (events(caches, self.on_gpu) for _ in range(4))
         if self.on_gpu:
-            self.side_stream, self.copy_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            # A graph's kernels keep the priority of the streams they were captured on: a step that runs
+            # beside a prefill gets the next free SM, not the one after all of the prefill's blocks.
+            self.side_stream, self.copy_stream, self.capture_stream = (
+                torch.cuda.Stream(device, priority=URGENT) for _ in range(3)
+            )
 
     def before_layer(self, index: int, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
         """Called with layer `index`'s input [B, 1, E]: start the prediction for the layer after it."""

@@ -100,6 +100,7 @@ def test_nothing_left_loads_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (["--input", "/nothing"], "no file or folder"),
         (["--prompt-template", "/nothing"], "no file /nothing"),
         (["--long", "burn"], "choose one of refuse"),
+        (["--places", "none"], "--places is 'none'"),
         (["--shard", "3/2"], "--shard is '3/2'"),
         (["--ctx", "70", "--max-new-tokens", "30"], "leaves 40 tokens for a prompt"),
         (["--chat"], "no chat template"),
@@ -121,9 +122,7 @@ def test_a_job_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     job = write_job(tmp_path)
     (tmp_path / "docs" / "big.pdf").write_bytes(b"%PDF")  # of unknown length: planned for ctx
     pytest.importorskip("pypdf", reason="the extra `docs` is not installed")
-    code, errors = run(
-        *job, "--output", str(tmp_path / "o.jsonl"), "--ctx", "200000", "--batch-size", "100000"
-    )
+    code, errors = run(*job, "--output", str(tmp_path / "o.jsonl"), "--ctx", "200000", "--places", "100000")
     assert code == 1
     assert "100000 x 200000 tokens need" in errors
 
@@ -138,11 +137,10 @@ def ignore(stage: str, done: int, total: int) -> None:
 
 
 def test_a_batch_answers_like_its_documents_alone(model: OffloadedModel) -> None:
-    """Budget 1/1: labels, which come from a batch's first document, have no part in it."""
     prose = shipped_prose()
     prompts = [prose[:120], prose[500:800], prose[1000:1040]]
     answerer = ModelAnswerer(model)
-    together = answerer.answer(prompts, 5, ignore)
+    together = ModelAnswerer(model, places=3).answer(prompts, 5, ignore)
     alone = [answerer.answer([prompt], 5, ignore)[0] for prompt in prompts]
     assert [answer.text for answer in together] == [answer.text for answer in alone]
     assert [answer.prompt_tokens for answer in together] == [121, 301, 41]  # a byte a token, one <bos>
@@ -156,7 +154,6 @@ def test_each_sequence_ends_at_its_own_end_token(model: OffloadedModel) -> None:
     ids = model.tokenizer(prompts[0], return_tensors="pt").input_ids
     first = int(model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1])
     ended = ModelAnswerer(model, sampling={"do_sample": False, "eos_token_id": first})
-    ended.eos = {first}
     answers = ended.answer(prompts, 5, ignore)
     plain = answerer.answer(prompts, 5, ignore)
     assert answers[0].new_tokens == 1
@@ -193,3 +190,13 @@ def test_another_calibration_is_another_setting(tmp_path: Path) -> None:
     (tmp_path / "other").write_bytes(b"other maps")
     given = calibration_digest(source, RuntimeConfig(calibration=str(tmp_path / "other")))
     assert len({None, own, given}) == 3
+
+
+def test_places_change_only_times_and_order(tmp_path: Path) -> None:
+    job = write_job(tmp_path)
+    lines = []
+    for places in ("1", "3"):
+        output = tmp_path / f"{places}.jsonl"
+        assert run(*job, "--output", str(output), "--places", places)[0] == 1  # one document is empty
+        lines.append(without_times(output).split(b"\n"))
+    assert sorted(lines[0]) == sorted(lines[1])

@@ -220,15 +220,15 @@ def test_shard_output_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("long", ["refuse", "cut-head", "cut-tail", "cut-middle", "map-reduce"])
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_documents_longer_than_ctx(tmp_path: Path, long: str, batch_size: int) -> None:
+@pytest.mark.parametrize("places", [1, 3])
+def test_documents_longer_than_ctx(tmp_path: Path, long: str, places: int) -> None:
     source = tmp_path / "in.jsonl"
     texts = {"short": WORDS, "long": f"{WORDS}.\n\n" * 90, "last": WORDS}
     source.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in texts.items()))
     output = tmp_path / "out.jsonl"
-    model = FakeModel()
-    run_job(make_job(source, output, long=long, batch_size=batch_size), model)
-    short, cut, last = records(output)
+    model = FakeModel(places=places)
+    run_job(make_job(source, output, long=long), model)
+    short, cut, last = sorted(records(output), key=lambda record: list(texts).index(record["id"]))
     assert short["fitted"] == {"method": "whole", "document_tokens": 10, "kept_tokens": 10}
     assert last["error"] is None
     if long == "refuse":
@@ -271,7 +271,7 @@ def test_a_line_has_every_figure(tmp_path: Path) -> None:
 
 
 def test_settings_are_checked(tmp_path: Path) -> None:
-    for wrong in ({"long": "burn"}, {"batch_size": 0}, {"max_errors": -1}, {"ctx": 70}):
+    for wrong in ({"long": "burn"}, {"max_new_tokens": 0}, {"max_errors": -1}, {"ctx": 70}):
         with pytest.raises(UserError, match="--"):
             make_job(tmp_path, tmp_path / "out.jsonl", **wrong)
 

@@ -48,11 +48,11 @@ def test_failed_documents_are_tried_again_on_request(source: Path, tmp_path: Pat
     assert run_job(job, failing).failed == 1
     again = FakeModel()
     assert run_job(job, again).failed == 1
-    assert again.batches == []  # not without --retry-failed
+    assert again.most == 0  # not without --retry-failed
     (source / "02.txt").write_text(poisoned)
     summary = run_job(make_job(source, output, long="map-reduce", retry_failed=True), again)
     assert (summary.failed, summary.written) == (0, 1)
-    assert again.batches == [1]
+    assert again.most == 1
     assert sorted(ids(output)) == sorted(f"{i:02d}.txt" for i in range(DOCUMENTS))
 
 
@@ -65,13 +65,22 @@ def test_max_errors_ends_the_job(source: Path, tmp_path: Path) -> None:
     assert ids(output) == ["00.txt", "01.txt", "02.txt", "03.txt"]
 
 
-def test_one_bad_document_does_not_spoil_its_batch(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("long", ["cut-tail", "map-reduce"])
+@pytest.mark.parametrize("when", ["failures", "failures_together"])
+def test_one_bad_document_does_not_spoil_those_beside_it(
+    source: Path, tmp_path: Path, when: str, long: str
+) -> None:
+    """Where all fail at once, each is tried alone and one is to blame."""
     (source / "02.txt").write_text("poison")
+    (source / "04.txt").write_text("poison " + "word " * 500)  # several parts when it is map-reduced
     output = tmp_path / "out.jsonl"
-    model = FakeModel(failures={"poison": MemoryError()})
-    summary = run_job(make_job(source, output, long="cut-tail", batch_size=8), model)
-    assert summary.failed == 1
-    assert model.batches == [8] + [1] * 8 + [8, 8]
+    model = FakeModel(places=8, **{when: {"poison": MemoryError()}})
+    summary = run_job(make_job(source, output, long=long), model)
+    assert summary.written == DOCUMENTS
+    assert summary.failed == 2
+    assert sorted(ids(output)) == [f"{i:02d}.txt" for i in range(DOCUMENTS)]
+    assert model.most == 8
+    assert not model.prompts
 
 
 def test_a_broken_gpu_ends_the_job_without_a_line(source: Path, tmp_path: Path) -> None:

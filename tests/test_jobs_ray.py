@@ -4,13 +4,14 @@ import functools
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from offload_runtime.errors import RunError, UserError
-from offload_runtime.jobs import Answer, JobRun, run_job
+from offload_runtime.jobs import JobRun, run_job
 from offload_runtime.jobs.answers import OnStage
 
 from .jobs_fake import FakeModel, make_job
@@ -33,11 +34,11 @@ class DyingModel(FakeModel):
         super().__init__()
         self.marker = marker
 
-    def answer(self, prompts: Sequence[str], max_new_tokens: int, on_stage: OnStage) -> list[Answer]:
+    def start(self, key: Any, prompt: str, max_new_tokens: int, on_stage: OnStage) -> None:
         if not self.marker.exists():
             self.marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().answer(prompts, max_new_tokens, on_stage)
+        super().start(key, prompt, max_new_tokens, on_stage)
 
 
 def no_model() -> FakeModel:

@@ -36,7 +36,7 @@ class Resident:
             full(batch, kv_heads, k_max, value=-9),
             full(batch, kv_heads, k_max, value=-9),
             full(batch, kv_heads, value=-9),
-            torch.zeros(2, 3, dtype=torch.int64, device=device),
+            torch.zeros(batch, 2, 3, dtype=torch.int64, device=device),
         )
 
     def resolve(self, run, tokens, counts, step, phase):
@@ -91,7 +91,7 @@ def test_same_selection_again_is_all_hits(device):
     tokens, counts = random_selection(generator, 1, 2, 400, 50, [50], device)
     kernel = run_both([(tokens, counts), (tokens, counts)], 1, 2, 400, 50, 50, device)
     assert kernel.miss_counts.tolist() == [[0, 0]]
-    assert kernel.counters.tolist() == [[100, 0, 0], [100, 100, 100]]
+    assert kernel.counters.tolist() == [[[100, 0, 0], [100, 100, 100]]]
 
 
 def test_empty_selection_changes_nothing(device):
@@ -99,7 +99,7 @@ def test_empty_selection_changes_nothing(device):
     full = random_selection(generator, 1, 1, 400, 50, [50], device)
     empty = random_selection(generator, 1, 1, 400, 50, [0], device)
     kernel = run_both([full, empty, full], 1, 1, 400, 60, 50, device)
-    assert kernel.counters[0].tolist() == [100, 50, 0]
+    assert kernel.counters[0, 0].tolist() == [100, 50, 0]
 
 
 def test_maps_stay_inverse_and_hold_the_selection(device):

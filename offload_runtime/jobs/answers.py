@@ -2,19 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 OnStage = Callable[[str, int, int], None]  # (stage, units done, units in all)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated text and what it took. In a batch, times and hit rate are the whole batch's.
+    """One generated text and what it took.
 
     finish_reason: "stop" (the model ended it) or "length". ttft_s, tpot_s:
-    seconds to the first token and for each later one. gather_gb: rows fetched
-    from host memory, an equal share of the batch's. pinned_gb, gpu_peak_gb:
-    memory held; None without a GPU.
+    seconds to the first token and for each later one, with what the other
+    places did meanwhile. gather_gb: rows fetched from host memory for it.
+    pinned_gb, gpu_peak_gb: memory held by all places; None without a GPU.
     """
 
     text: str
@@ -30,16 +30,24 @@ class Answer:
 
 
 class Answerer(Protocol):
-    """A model as a job sees it; ModelAnswerer is the real one."""
+    """A model as a job sees it, answering up to `places` prompts at a time; ModelAnswerer is the real one."""
+
+    places: int
 
     def count(self, prompt: str) -> int:
         """Tokens of a prompt as it will be sent, chat template and all."""
 
-    def answer(self, prompts: Sequence[str], max_new_tokens: int, on_stage: OnStage) -> list[Answer]:
-        """Answer the prompts as one batch, in order."""
+    def start(self, key: Any, prompt: str, max_new_tokens: int, on_stage: OnStage) -> None:
+        """Take up a prompt; the caller sees to it that a place is free. Raises what is the prompt's fault."""
+
+    def advance(self) -> list[tuple[Any, Answer]]:
+        """Go on with every prompt taken up; the answers that are ready, by key.
+
+        What it raises befell all of them, and none is taken up any longer.
+        """
 
     def release(self) -> None:
-        """Free what a failed call may have left in memory."""
+        """Drop every prompt and free what a failed call may have left in memory."""
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ class Job:
     puts its number before the suffix. ctx: most tokens of a prompt and its
     answer. long: what to do with a document that does not fit: "refuse" it,
     cut its head, tail or middle, or "map-reduce" (summarise its parts, then the
-    summaries with `combine`). shard: (index from 1, count). batch_size:
-    documents decoded together. model_settings: what else the texts depend on
+    summaries with `combine`). shard: (index from 1, count). model_settings: what else the texts depend on
     (model, budget, sampling, ...), compared when an output is continued.
     force: continue an output of other settings. retry_failed: drop its error
     lines and do those documents again. max_errors: stop when more fail.
@@ -35,7 +34,6 @@ class Job:
     combine: Template = field(default_factory=lambda: load_template("combine"))
     text_field: str = "text"
     id_field: str | None = None
-    batch_size: int = 1
     shard: tuple[int, int] | None = None
     model_settings: dict[str, Any] = field(default_factory=dict)
     force: bool = False
@@ -45,9 +43,8 @@ class Job:
     def __post_init__(self) -> None:
         if self.long not in LONG:
             raise UserError(f"--long is {self.long!r}; choose one of {', '.join(LONG)}")
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens is {self.max_new_tokens}; it must be at least 1")
         if self.max_errors is not None and self.max_errors < 0:
             raise UserError(f"--max-errors is {self.max_errors}; it must be at least 0")
         if self.prompt_room < SMALLEST_ROOM:
@@ -80,7 +77,6 @@ class Job:
             "ctx": self.ctx,
             "max_new_tokens": self.max_new_tokens,
             "long": self.long,
-            "batch_size": self.batch_size,
             **self.model_settings,
         }
         if self.long == "map-reduce":

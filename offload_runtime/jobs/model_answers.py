@@ -1,52 +1,76 @@
-"""An OffloadedModel as a job's model: one ragged batch of prompts through generate."""
+"""An OffloadedModel as a job's model: prompts come and go in the places of one continuous batch."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.generation.streamers import BaseStreamer
 
+from ..choosing import make_chooser
+from ..continuous import ContinuousBatch, Finished
 from ..engine import OffloadedModel
 from ..errors import UserError
 from .answers import Answer, OnStage
 
+GB = 1e9
+
 
 class ModelAnswerer:
-    """chat: put prompts through the model's chat template. sampling: arguments of transformers' generate."""
+    """chat: put prompts through the model's chat template. sampling: arguments of transformers' generate.
+
+    tokens: the longest prompt and answer that will come, by default the model's ctx;
+    each place has room for it. Without a calibration file the model is calibrated
+    on every prompt anew, so there can be one place only.
+    """
 
     def __init__(
-        self, model: OffloadedModel, chat: bool = False, sampling: dict[str, Any] | None = None
+        self,
+        model: OffloadedModel,
+        chat: bool = False,
+        sampling: dict[str, Any] | None = None,
+        places: int = 1,
+        tokens: int | None = None,
     ) -> None:
         if model.tokenizer is None:
             raise UserError("this model came without a tokenizer; a job needs one")
         self.model, self.tokenizer, self.chat = model, model.tokenizer, chat
         self.sampling = {"do_sample": False} if sampling is None else sampling
-        self.eos = eos_ids(model.model.generation_config.eos_token_id)
+        self.places, self.tokens = places, tokens or model.config.ctx
+        self.batch: ContinuousBatch | None = None
 
     def count(self, prompt: str) -> int:
         return len(self.encode(prompt))
 
+    def start(self, key: Any, prompt: str, max_new_tokens: int, on_stage: OnStage) -> None:
+        ids = torch.tensor(self.encode(prompt))
+        chooser = make_chooser(self.model.model, ids, max_new_tokens, self.model.config.seed, **self.sampling)
+        batch = self._open(ids)
+        place = batch.free_place
+        assert place is not None
+        batch.join(place, ids, max_new_tokens, chooser, key, on_stage)
+
+    def advance(self) -> list[tuple[Any, Answer]]:
+        if self.batch is None:
+            return []
+        if not self.batch.finished:
+            self.batch.step()
+        return [(finished.key, self._answer(finished)) for finished in self.batch.take_finished()]
+
     def answer(self, prompts: Sequence[str], max_new_tokens: int, on_stage: OnStage) -> list[Answer]:
-        ids = [self.encode(prompt) for prompt in prompts]
-        width = max(map(len, ids))
-        # [B, T], padded on the left; any token will do as padding, for the mask hides it
-        batch = torch.tensor([[0] * (width - len(row)) + row for row in ids])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
-        out = self.model.generate(
-            batch.to(self.model.model.device),
-            attention_mask=mask.to(self.model.model.device),
-            max_new_tokens=max_new_tokens,
-            streamer=TokenCount(max_new_tokens, on_stage),
-            on_prefill=lambda done, total: on_stage("prefill", done, total),
-            **self.sampling,
-        )
-        new = out[:, width:].tolist()
-        return [self._answer(len(row), tokens, len(ids)) for row, tokens in zip(ids, new, strict=True)]
+        """Answer prompts, as many at a time as there are places; in order."""
+        waiting, answers, at_work = list(range(len(prompts))), dict[int, Answer](), 0
+        while waiting or at_work:
+            while waiting and at_work < self.places:
+                key = waiting.pop(0)
+                self.start(key, prompts[key], max_new_tokens, on_stage)
+                at_work += 1
+            ready = self.advance()
+            answers.update(ready)
+            at_work -= len(ready)
+        return [answers[key] for key in range(len(prompts))]
 
     def release(self) -> None:
+        self.batch = None
         self.model.close()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt as it is sent."""
@@ -57,43 +81,35 @@ class ModelAnswerer:
         )
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _answer(self, prompt_tokens: int, tokens: list[int], batch: int) -> Answer:
-        """One sequence's tokens, up to its end token, with the call's figures."""
-        end = next((place for place, token in enumerate(tokens) if token in self.eos), None)
-        tokens = tokens if end is None else tokens[: end + 1]
-        stats = self.model.stats
-        peaks = [stats[name] for name in ("gpu_prefill_peak_gb", "gpu_decode_peak_gb")]
+    def _open(self, prompt: torch.Tensor) -> ContinuousBatch:
+        """The batch, its caches allocated once; calibrated on this prompt if the model has no calibration."""
+        if self.batch is not None and self.model.calibration is not None:
+            return self.batch
+        if self.batch is not None:
+            capacity = self.batch.session.layout.capacity
+            calibration = self.model.calibration_for(prompt, capacity)
+            if self.batch.session.accepts(calibration):
+                self.batch.session.calibrate(calibration)
+                return self.batch
+        self.batch = None  # free the old caches first
+        self.batch = self.model.continuous(self.places, self.tokens, prompt)
+        return self.batch
+
+    def _answer(self, finished: Finished) -> Answer:
+        assert self.batch is not None
+        layout, config = self.batch.session.layout, self.batch.session.config
+        rows = layout.layers * layout.host_bytes
+        device = self.model.model.device
+        peak = torch.cuda.max_memory_allocated(device) / GB if device.type == "cuda" else None
         return Answer(
-            text=self.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
-            finish_reason="length" if end is None else "stop",
-            prompt_tokens=prompt_tokens,
-            new_tokens=len(tokens),
-            ttft_s=round(stats["ttft_s"], 4),
-            tpot_s=round(stats["tpot_s"], 6),
-            hit_rate=stats["hit_rate"],
-            gather_gb=stats["gather_gb"] / batch,
-            pinned_gb=stats["pinned_gb"],
-            gpu_peak_gb=max((peak for peak in peaks if peak is not None), default=None),
+            text=self.tokenizer.decode(finished.tokens, skip_special_tokens=True).strip(),
+            finish_reason=finished.reason,
+            prompt_tokens=finished.prompt_tokens,
+            new_tokens=len(finished.tokens),
+            ttft_s=round(finished.ttft_s, 4),
+            tpot_s=round(finished.tpot_s, 6),
+            hit_rate=finished.moved["hit_rate"],
+            gather_gb=finished.moved["gather_gb"],
+            pinned_gb=0.0 if config.placement == "gpu" else rows / GB,
+            gpu_peak_gb=peak,
         )
-
-
-class TokenCount(BaseStreamer):
-    """Reports decode steps; transformers' generate hands it the prompt first."""
-
-    def __init__(self, max_new_tokens: int, on_stage: OnStage) -> None:
-        self.total, self.on_stage = max_new_tokens, on_stage
-        self.steps = -1
-
-    def put(self, value: torch.Tensor) -> None:
-        self.steps += 1
-        if self.steps:
-            self.on_stage("decode", self.steps, self.total)
-
-    def end(self) -> None:
-        pass
-
-
-def eos_ids(value: int | list[int] | None) -> set[int]:
-    if value is None:
-        return set()
-    return set(value) if isinstance(value, list) else {value}

@@ -4,6 +4,7 @@ import sys
 import time
 from typing import TextIO
 
+from .link import LinkRate
 from .output import Record
 from .worker import Outcome
 
@@ -61,22 +62,31 @@ class LogLines(Watcher):
         self.file = file or sys.stderr
         self.last = time.perf_counter()
         self.pace = Pace(0, 0)
+        self.at_work: set[str] = set()
+        self.link = LinkRate()
 
     def start(self, documents: int, size: int) -> None:
         self.pace = Pace(documents, size)
         self._say(f"{documents} documents to do, {size / 1e6:.1f} MB")
 
     def stage(self, name: str, stage: str, done: int, total: int) -> None:
+        self.at_work.add(name)
         if time.perf_counter() - self.last >= LOG_SECONDS:
             share = f" {done / total:.0%}" if total else ""
-            self._say(f"{name}: {stage}{share}")
+            others = f"; {len(self.at_work)} at work" if len(self.at_work) > 1 else ""
+            link = f"; {self.link.words()}" if self.link.words() else ""
+            self._say(f"{name}: {stage}{share}{others}{link}")
 
     def finish(self, outcome: Outcome, size: int) -> None:
         record = outcome.record
+        self.at_work.discard(record["id"])
         self.pace.add(record, size)
         self._say(
             f"[{self.pace.done}/{self.pace.documents}] {record['id']}: {in_words(record)}{self._rest()}"
         )
+
+    def close(self) -> None:
+        self.link.close()
 
     def _rest(self) -> str:
         left = self.pace.left_s

@@ -13,10 +13,15 @@ from typing import Any
 
 from ..errors import RunError, UserError
 from .answers import Answerer
+from .documents import Source
 from .job import Job
 from .progress import Watcher
 from .runner import JobRun, Summary
+from .stopping import StopRequest
 from .worker import Outcome, Worker
+
+# Groups of several times its places keep an actor's places filled for most of a group.
+GROUPS_PLACES = 4
 
 Load = Callable[[], Answerer]  # called once in every actor
 
@@ -37,7 +42,7 @@ class GroupActor:
         try:
             if self.worker is None:
                 self.worker = Worker(self.job, self.load(), ignore_stages)
-            result: list[Outcome] | Exception = self.worker.work(pickle.loads(row["group"]))
+            result: list[Outcome] | Exception = list(self.worker.work(pickle.loads(row["group"])))
         except (UserError, RunError) as error:
             result = error
         return {"result": pickle.dumps(result)}
@@ -47,8 +52,12 @@ def ignore_stages(name: str, stage: str, done: int, total: int) -> None:
     """An actor's stages stay where they are; the driver hears of finished documents."""
 
 
-def run_on_ray(run: JobRun, load: Load, actors: int, watchers: Sequence[Watcher] = ()) -> Summary:
+def run_on_ray(
+    run: JobRun, load: Load, actors: int, watchers: Sequence[Watcher] = (), places: int = 1
+) -> Summary:
     """Do the documents that are left on `actors` actors, one GPU each if the cluster has any.
+
+    An actor is given as many documents at a time as it has places.
 
     Joins the cluster that RAY_ADDRESS names, or starts a local one. Errors as from JobRun.run.
     """
@@ -61,29 +70,37 @@ def run_on_ray(run: JobRun, load: Load, actors: int, watchers: Sequence[Watcher]
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     try:
         gpus = min(1, int(ray.cluster_resources().get("GPU", 0)))
-        return run.collect(outcomes(dataset(run, load, actors, gpus)), watchers)
+        size = GROUPS_PLACES if places > 1 else 1
+        groups = [run.left[start : start + size * places] for start in range(0, len(run.left), size * places)]
+        results = dataset(run.job, groups, load, actors, gpus)
+        return run.collect(lambda stop: outcomes(results, stop), watchers)
     finally:
         if started_here:
             ray.shutdown()
 
 
-def dataset(run: JobRun, load: Load, actors: int, gpus_per_actor: int) -> Any:
+def dataset(
+    job: Job, documents: Sequence[Sequence[Source]], load: Load, actors: int, gpus_per_actor: int
+) -> Any:
     """Ray's lazy dataset of the groups' outcomes; one block a group, so that each comes out when done."""
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    groups = [{"group": pickle.dumps(group)} for group in run.groups()]
+    groups = [{"group": pickle.dumps(group)} for group in documents]
     return ray.data.from_items(groups, override_num_blocks=len(groups)).map(
         GroupActor,
-        fn_constructor_args=(run.job, load),
+        fn_constructor_args=(job, load),
         compute=ray.data.ActorPoolStrategy(size=min(actors, len(groups))),
         num_gpus=gpus_per_actor,
     )
 
 
-def outcomes(results: Any) -> Iterator[list[Outcome]]:
-    """The groups' outcomes as they come; raises an actor's error, or RunError for what befell Ray."""
+def outcomes(results: Any, stop: StopRequest) -> Iterator[list[Outcome]]:
+    """The groups' outcomes as they come, until `stop` is asked for.
+
+    Raises an actor's error, or RunError for what befell Ray.
+    """
     from ray.exceptions import RayError
 
     try:
@@ -92,6 +109,8 @@ def outcomes(results: Any) -> Iterator[list[Outcome]]:
             if isinstance(result, Exception):
                 raise result
             yield result
+            if stop.asked:
+                return
     except RayError as error:
         lines = [line for line in str(error).splitlines() if line.strip()]  # a stack, then what happened
         raise RunError(f"Ray ended the job: {lines[-1].strip() if lines else error!r}") from error

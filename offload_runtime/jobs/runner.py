@@ -1,8 +1,8 @@
-"""Running a job: group by group, each line written and fsynced before the next group starts."""
+"""Running a job: each line is written and fsynced as soon as its document is done."""
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -69,16 +69,23 @@ class JobRun:
                 watcher.stage(name, stage, done, total)
 
         worker = Worker(self.job, model, on_document)
-        return self.collect(map(worker.work, self.groups()), watchers)
 
-    def collect(self, results: Iterable[Sequence[Outcome]], watchers: Sequence[Watcher]) -> Summary:
-        """Write the outcomes of groups as they come, until they end or SIGTERM asks to stop."""
+        def results(stop: StopRequest) -> Iterator[list[Outcome]]:
+            for outcome in worker.work(until(stop, self.left)):
+                yield [outcome]
+
+        return self.collect(results, watchers)
+
+    def collect(
+        self, results: Callable[[StopRequest], Iterable[Sequence[Outcome]]], watchers: Sequence[Watcher]
+    ) -> Summary:
+        """Write outcomes as they come. When SIGTERM asks to stop it is up to `results` to come to an end."""
         started, errors = time.perf_counter(), 0
         sizes = {source.id: source.size for source in self.left}
         for watcher in watchers:
             watcher.start(len(sizes), sum(sizes.values()))
         with StopRequest() as stop:
-            for outcomes in results:
+            for outcomes in results(stop):
                 fresh = [outcome for outcome in outcomes if outcome.record["id"] in sizes]
                 self.output.append([outcome.record for outcome in fresh])
                 self._count(fresh, time.perf_counter() - started)
@@ -91,25 +98,9 @@ class JobRun:
                         f"{errors} documents failed, more than --max-errors {self.job.max_errors}; "
                         f"the reasons are in {self.output.path}"
                     )
-                if stop.asked:
-                    self.summary = replace(self.summary, stopped=True)
-                    break
+            if stop.asked:
+                self.summary = replace(self.summary, stopped=True)
         return self.summary
-
-    def groups(self) -> Iterator[list[Source]]:
-        """Documents to be done together.
-
-        The groups of a batch are fixed by the input's order, so that a job that
-        was killed within one forms the same batch again and writes the same
-        text. Failed documents that are tried again make groups of their own.
-        """
-        size = self.job.batch_size
-        for start in range(0, len(self.sources), size):
-            group = self.sources[start : start + size]
-            again = [source for source in group if source.id in self.output.retried]
-            members = again or group
-            if any(source.id not in self.output.done for source in members):
-                yield members
 
     def _count(self, fresh: Sequence[Outcome], seconds: float) -> None:
         answers = [answer for outcome in fresh for answer in outcome.answers]
@@ -139,6 +130,14 @@ class JobRun:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def until(stop: StopRequest, sources: Iterable[Source]) -> Iterator[Source]:
+    """The documents until SIGTERM asks to stop; those begun are finished."""
+    for source in sources:
+        if stop.asked:
+            return
+        yield source
 
 
 def run_job(job: Job, model: Answerer, watchers: Sequence[Watcher] = ()) -> Summary:

@@ -1,16 +1,17 @@
-"""From documents to the records of their lines."""
+"""From documents to the records of their lines, as many prompts at a time as the model has places."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import RunError
-from .answers import Answer, Answerer, OnStage, total_cost
+from .answers import Answer, Answerer, total_cost
 from .documents import Source
 from .errors import DocumentError, InputChanged
 from .job import Job
-from .mapreduce import map_reduce
+from .mapreduce import Talk, map_reduce
 from .output import Record
 from .splitting import shorten
 
@@ -36,28 +37,146 @@ class Outcome:
     answers: Sequence[Answer] = ()
 
 
+@dataclass
+class Open:
+    """A document at work: what was asked for it, and the answers so far by the prompt's number."""
+
+    fitted: Fitted
+    talk: Talk
+    started: float
+    asked: int = 0
+    answers: dict[int, Answer] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt of a document. alone: it was at work when the model failed, and is tried by itself."""
+
+    id: str
+    number: int
+    prompt: str
+    words: str
+    alone: bool = False
+
+
 class Worker:
-    """Turns groups of documents into records. A document's failure is its own; the others go on."""
+    """Turns documents into records. A document's failure is its own; the others go on.
+
+    Outcomes come in the order of completion, which with one place is the documents'.
+    """
 
     def __init__(self, job: Job, model: Answerer, on_document: OnDocument) -> None:
         self.job, self.model, self.on_document = job, model, on_document
+        self.open: dict[str, Open] = {}
+        self.waiting: deque[Request] = deque()
+        self.running: dict[tuple[str, int], Request] = {}
 
-    def work(self, sources: Sequence[Source]) -> list[Outcome]:
-        """One outcome a document, in order. Documents that fit are answered as one batch."""
-        outcomes: dict[str, Outcome] = {}
-        batch: list[Fitted] = []
-        for source in sources:
-            started = time.perf_counter()
-            try:
-                fitted = self._fit(source)
-                if fitted.method == "map-reduce":
-                    outcomes[source.id] = self._summarise_parts(fitted, started)
-                else:
-                    batch.append(fitted)
-            except Exception as error:
-                outcomes[source.id] = self._failure(source.id, error, started)
-        outcomes.update(self._answer(batch))
-        return [outcomes[source.id] for source in sources]
+    def work(self, sources: Iterable[Source]) -> Iterator[Outcome]:
+        """One outcome a document. The next document is read when a place is free for it."""
+        documents = iter(sources)
+        while True:
+            more = True
+            while self._may_start() and (self.waiting or more):
+                if self.waiting:
+                    yield from self._start(self.waiting.popleft())
+                    continue
+                source = next(documents, None)
+                more = source is not None
+                if source is not None:
+                    yield from self._open(source)
+            if self.running:
+                yield from self._advance()
+            elif not self.waiting and not more:
+                return
+
+    def _may_start(self) -> bool:
+        """Whether a place is free, and the next prompt and those at work may be together."""
+        if any(request.alone for request in (*self.running.values(), *list(self.waiting)[:1])):
+            return not self.running
+        return len(self.running) < self.model.places
+
+    def _open(self, source: Source) -> Iterator[Outcome]:
+        """Read a document and list what is to be asked first."""
+        started = time.perf_counter()
+        try:
+            fitted = self._fit(source)
+            if fitted.method == "map-reduce":
+                talk = map_reduce(self.job, self.model.count, fitted.text)
+            else:
+                talk = one_answer(self.job.template.fill(fitted.text))
+            self.open[source.id] = Open(fitted, talk, started)
+            self._ask(source.id, next(talk))
+        except Exception as error:
+            yield self._failure(source.id, error, started)
+
+    def _ask(self, id: str, prompts: Sequence[tuple[str, str]]) -> None:
+        document = self.open[id]
+        document.asked, document.answers = len(prompts), {}
+        self.waiting += [Request(id, number, *prompt) for number, prompt in enumerate(prompts)]
+
+    def _start(self, request: Request) -> Iterator[Outcome]:
+        key = (request.id, request.number)
+
+        def on_stage(stage: str, done: int, total: int) -> None:
+            self.on_document(request.id, request.words + stage, done, total)
+
+        self.running[key] = request
+        try:
+            self.model.start(key, request.prompt, self.job.max_new_tokens, on_stage)
+        except Exception as error:
+            del self.running[key]
+            yield self._failure(request.id, error, self.open[request.id].started)
+
+    def _advance(self) -> Iterator[Outcome]:
+        try:
+            answers = self.model.advance()
+        except Exception as error:
+            yield from self._failed_together(error)
+            return
+        for key, answer in answers:
+            request = self.running.pop(key, None)
+            if request is None or request.id not in self.open:
+                continue  # its document failed by another part
+            document = self.open[request.id]
+            document.answers[request.number] = answer
+            if len(document.answers) == document.asked:
+                yield from self._reply(request.id, document)
+
+    def _reply(self, id: str, document: Open) -> Iterator[Outcome]:
+        """Hand a document its answers: it asks on, or is done."""
+        latest = [document.answers[number] for number in range(document.asked)]
+        try:
+            self._ask(id, document.talk.send(latest))
+        except StopIteration as end:
+            del self.open[id]
+            answers, counts = end.value
+            yield success(document.fitted, answers, counts, document.started)
+        except Exception as error:
+            yield self._failure(id, error, document.started)
+
+    def _failed_together(self, error: Exception) -> Iterator[Outcome]:
+        """Those at work are tried one by one, so that a failure has one document to blame."""
+        stop_if_fatal(error)
+        self.model.release()
+        failed, self.running = list(self.running.values()), {}
+        for request in reversed(failed):
+            if request.id not in self.open:
+                continue
+            if request.alone or self.model.places == 1:
+                yield self._failure(request.id, error, self.open[request.id].started)
+            else:
+                again = Request(request.id, request.number, request.prompt, request.words, alone=True)
+                self.waiting.appendleft(again)
+
+    def _failure(self, id: str, error: Exception, started: float) -> Outcome:
+        """A document's error line; the rest of what was asked for it is dropped."""
+        stop_if_fatal(error)
+        self.open.pop(id, None)
+        self.waiting = deque(request for request in self.waiting if request.id != id)
+        if not isinstance(error, DocumentError) and not self.running:
+            self.model.release()
+        seconds = round(time.perf_counter() - started, 3)
+        return Outcome({**EMPTY, "id": id, "seconds": seconds, "error": describe(error)})
 
     def _fit(self, source: Source) -> Fitted:
         """Read a document and make it fit; DocumentError when it does not and may not be cut."""
@@ -81,38 +200,6 @@ class Worker:
         kept = shorten(text, job.long.removeprefix("cut-"), count, job.prompt_room)
         return Fitted(source.id, kept, job.long, tokens - empty, count(kept) - empty)
 
-    def _answer(self, batch: Sequence[Fitted]) -> dict[str, Outcome]:
-        """Answer as one batch; when that fails, one by one, so that a failure has one document to blame."""
-        if not batch:
-            return {}
-        started = time.perf_counter()
-        prompts = [self.job.template.fill(fitted.text) for fitted in batch]
-        name = batch[0].id if len(batch) == 1 else f"{batch[0].id} and {len(batch) - 1} more"
-        try:
-            answers = self.model.answer(prompts, self.job.max_new_tokens, self._stages(name))
-        except Exception as error:
-            if len(batch) == 1:
-                return {batch[0].id: self._failure(batch[0].id, error, started)}
-            stop_if_fatal(error)
-            self.model.release()
-            return {fitted.id: self._answer([fitted])[fitted.id] for fitted in batch}
-        pairs = zip(batch, answers, strict=True)
-        return {fitted.id: success(fitted, [answer], {}, started) for fitted, answer in pairs}
-
-    def _summarise_parts(self, fitted: Fitted, started: float) -> Outcome:
-        answers, counts = map_reduce(self.job, self.model, fitted.text, self._stages(fitted.id))
-        return success(fitted, answers, counts, started)
-
-    def _stages(self, name: str) -> OnStage:
-        return lambda stage, done, total: self.on_document(name, stage, done, total)
-
-    def _failure(self, id: str, error: Exception, started: float) -> Outcome:
-        stop_if_fatal(error)
-        if not isinstance(error, DocumentError):
-            self.model.release()
-        seconds = round(time.perf_counter() - started, 3)
-        return Outcome({**EMPTY, "id": id, "seconds": seconds, "error": describe(error)})
-
 
 EMPTY: Record = {
     "id": "",
@@ -128,6 +215,12 @@ EMPTY: Record = {
     "fitted": None,
     "error": None,
 }
+
+
+def one_answer(prompt: str) -> Talk:
+    """A document that fits into one prompt."""
+    answers = yield [(prompt, "")]
+    return answers, {}
 
 
 def success(fitted: Fitted, answers: Sequence[Answer], counts: dict[str, Any], started: float) -> Outcome:
@@ -165,7 +258,7 @@ def is_out_of_memory(error: Exception) -> bool:
 def describe(error: Exception) -> str:
     """One line for the record."""
     if is_out_of_memory(error):
-        return "out of memory; lower --ctx, --batch-size or --budget"
+        return "out of memory; lower --ctx, --places or --budget"
     text = " ".join(str(error).split())
     if isinstance(error, DocumentError) or type(error).__name__ in ("UserError", "RunError"):
         return text
