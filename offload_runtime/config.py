@@ -11,6 +11,9 @@ PLACEMENTS = ("host", "gpu", "auto")
 LABEL_BITS = (16, 8, 4)
 LABEL_WIDTHS = (16, 32, 64, 128)  # label channels the kernels are built for; R is padded to one of them
 DEFAULT_LABEL_CHANNELS = 32  # projected to 32 at 4 bits: the best found at 20 bytes a key (NOTES.md, labels)
+# Tokens a calibration reads. Measured: 8,192 find the mass that 16,384 find; four times that, because a text
+# of many kinds costs seconds and nobody has to know (the CLI's and the function's one default).
+CALIBRATION_TOKENS = 32768
 CAPACITY_STEP = 1024  # tokens; caches grow in steps of an eighth of their size, at least this
 
 
