@@ -69,7 +69,8 @@ class DrivenSession(Session):
                         )
         room = 512  # steps that a benchmark may take
         self.state.lengths.fill_(layout.capacity - room)
-        self.state.budgets.fill_(self.config.budget_tokens(layout.capacity))
+        for cache in self.offloaded.values():
+            cache.budgets.fill_(self.config.budget_tokens(layout.capacity))
         torch.cuda.synchronize()
 
     def advance(self) -> None:

@@ -55,7 +55,7 @@ def layer_map(
             f"{file} has lists of shape {tuple(ranked.shape)}, this model needs {heads} orders of {dim} channels"
         )
     rank = ranked.argsort(-1).view(kv_heads, -1, dim).double().mean(1)  # [Hkv, D], 0 is the best
-    chosen = rank.argsort(-1, stable=True)[:, :channels].sort(-1).values  # [Hkv, R]
+    chosen = torch.argsort(rank, dim=-1, stable=True)[:, :channels].sort(-1).values  # [Hkv, R]
     return torch.nn.functional.one_hot(chosen, dim).float()
 
 

@@ -47,7 +47,7 @@ class Session:
         def integers(count: int) -> torch.Tensor:
             return torch.zeros(count, dtype=torch.int32, device=device)
 
-        self.state = BatchState(integers(batch), integers(batch), integers(batch), integers(1))
+        self.state = BatchState(integers(batch), integers(batch), integers(1))
         self.allocator = ThreadPoolExecutor(1, thread_name_prefix="pinned-rows")
         self.caches = [self._make_cache(window) for window in biting(adapter.windows, capacity)]
         self.offloaded = {i: cache for i, cache in enumerate(self.caches) if isinstance(cache, LayerCache)}
@@ -116,8 +116,7 @@ class Session:
         self.state.step.zero_()
         if self.audit is not None:
             self.audit.clear()
-        budgets = [self.config.budget_tokens(len(prompt) + new_tokens) for prompt in prompts]
-        self.state.budgets.copy_(torch.tensor(budgets, dtype=torch.int32))
+        self._set_budgets([len(prompt) + new_tokens for prompt in prompts])
         work = sum(len(prompt) - k for prompt, k in zip(prompts, kept, strict=True)) * len(self.caches)
         finished, logits = 0, []
         self.pinned_wait_s = 0.0
@@ -157,6 +156,12 @@ class Session:
         self.decoder.forget_graph()
         for cache in self.offloaded.values():
             cache.resident.release()
+
+    def _set_budgets(self, tokens: Sequence[int]) -> None:
+        """Give every offloaded layer the K of each sequence, from the tokens it will have."""
+        by_sequence = [layer_budgets(self.config, self.calibration, len(self.caches), n) for n in tokens]
+        for index, cache in self.offloaded.items():
+            cache.budgets.copy_(torch.tensor([budgets[index] for budgets in by_sequence], dtype=torch.int32))
 
     def _keep(self, prompts: Sequence[torch.Tensor], new_tokens: int) -> list[int]:
         """Leading tokens of each prompt that stay cached; forgets all others."""
@@ -211,6 +216,17 @@ class Session:
             return
         for index, ids in enumerate(cached_ids):
             mine.load(index, theirs.host.rows[index, :, : len(ids)])
+
+
+def layer_budgets(config: RuntimeConfig, calibration: Calibration, layers: int, tokens: int) -> list[int]:
+    """K of every layer for a sequence of that many tokens: config.budget, or less where less holds budget_mass.
+
+    Without a measured curve (a prompt of fewer than 256 tokens calibrates itself) config.budget is K.
+    """
+    cap, curve = config.budget_tokens(tokens), calibration.mass_curve
+    if config.budget_mass is None or curve is None:
+        return [cap] * layers
+    return [min(cap, need) for need in curve.budgets(config.budget_mass, tokens)]
 
 
 def predicted_layers(
