@@ -38,6 +38,7 @@ DEPTHS = [(step + 0.5) / 8 for step in range(8)]  # eight keys a document, as th
 BUDGETS = ("1/16", "2048")
 BIT_BUDGETS = ("1/16", "1/64")
 SEED = 0
+JOINTS = 1024  # a document may be a few tokens longer than asked for, and caches must not grow under a question
 
 
 def judged(metric: metrics.Metric) -> Any:
@@ -76,7 +77,7 @@ class Work:
         for label in (self.main, *self.others):
             yield self.attention(label)
         for ctx in sorted(self.options.bit_ctx, reverse=True):
-            for label in (self.main, *self.others):
+            for label in (self.main, *self.others, replace(self.main, prefetch="predict")):
                 yield self.bits(ctx, 0, label)
         for ctx in sorted(self.options.ctx)[:-1]:
             yield self.passkey(ctx, 0, self.main, dense=True)
@@ -131,6 +132,10 @@ def label_of(word: str) -> tuple[Setting, Path | None]:
     return Setting(BUDGETS[0], int(channels), int(bit_count)), Path(file) if file else None
 
 
+def label_kind(setting: Setting) -> tuple[int | None, int]:
+    return setting.channels, setting.bits
+
+
 def calibration_for(base: OffloadedModel, file: Path | None, setting: Setting) -> Calibration | None:
     """From the file, or the model's own where it has as many channels; else the prompt's own."""
     if file is not None:
@@ -146,7 +151,8 @@ def run_all(options: argparse.Namespace, known: Results, failures: list[str]) ->
     text = Path(options.text).read_text(encoding="utf-8")
     work, name = Work(Tokens(base.tokenizer), text, options), Path(options.model).name
     calibrations = {
-        setting: calibration_for(base, file, setting) for setting, file in map(label_of, options.labels)
+        label_kind(setting): calibration_for(base, file, setting)
+        for setting, file in map(label_of, options.labels)
     }
     open_now: dict[Any, SharedPrefill] = {}
     for job in work.jobs():
@@ -158,8 +164,8 @@ def run_all(options: argparse.Namespace, known: Results, failures: list[str]) ->
             for shared in open_now.values():
                 shared.runtime.close()
             more = {"cuda_graph": False} if kind[1] else {}
-            ctx = max(options.ctx + options.bit_ctx)
-            open_now = {kind: open_runtime(base, label, ctx, calibrations[label], **more)}
+            ctx = max(options.ctx + options.bit_ctx) + JOINTS
+            open_now = {kind: open_runtime(base, label, ctx, calibrations[label_kind(label)], **more)}
         started = time.monotonic()
         try:
             run_job(job, open_now[kind], name, known, until)

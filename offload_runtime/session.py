@@ -23,6 +23,8 @@ from .prefill_backend import PrefillBackend
 
 log = logging.getLogger(__name__)
 
+LEAST_ADAPTIVE = 64  # tokens: more than the sentence that a pass key or a line stands in
+
 
 class Session:
     """Caches for `batch` sequences of up to `capacity` tokens each; reusable after clear().
@@ -221,12 +223,12 @@ class Session:
 def layer_budgets(config: RuntimeConfig, calibration: Calibration, layers: int, tokens: int) -> list[int]:
     """K of every layer for a sequence of that many tokens: config.budget, or less where less holds budget_mass.
 
-    Without a measured curve (a prompt of fewer than 256 tokens calibrates itself) config.budget is K.
+    LEAST_ADAPTIVE at least: a mean over text does not show what a layer looks up once in a document. Without a measured curve (a prompt of fewer than 256 tokens calibrates itself) config.budget is K.
     """
     cap, curve = config.budget_tokens(tokens), calibration.mass_curve
     if config.budget_mass is None or curve is None:
         return [cap] * layers
-    return [min(cap, need) for need in curve.budgets(config.budget_mass, tokens)]
+    return [min(cap, max(LEAST_ADAPTIVE, need)) for need in curve.budgets(config.budget_mass, tokens)]
 
 
 def predicted_layers(

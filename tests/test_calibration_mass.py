@@ -91,55 +91,55 @@ def runtime(model, needs=None, **settings):
     return made
 
 
-NEEDS = [[4] * 3, [16] * 3, [64] * 3]  # constant in the context, so K is 4, 16 and, capped, 24
+NEEDS = [[4] * 3, [128] * 3, [512] * 3]  # constant in the context, so K is the least, 128 and, capped, 200
 
 
 def test_layers_get_their_own_budgets_within_the_cap():
-    model, ids = random_llama(), random_ids(300)
-    made = runtime(model, NEEDS, budget=24, budget_mass=0.875)
+    model, ids = random_llama(), random_ids(400)
+    made = runtime(model, NEEDS, budget=200, budget_mass=0.875)
     made.generate(ids, max_new_tokens=9, do_sample=False)
     kv_heads, steps = model.config.num_key_value_heads, 8
     layers = made.stats["layers"]
-    assert [layer["budgets"] for layer in layers] == [[4], [16], [24]]
-    assert [layer["selected"] for layer in layers] == [k * kv_heads * steps for k in (4, 16, 24)]
-    assert made.stats["budget_tokens"] == pytest.approx((4 + 16 + 24) / 3)
-    fixed = runtime(model, budget=24)
+    assert [layer["budgets"] for layer in layers] == [[64], [128], [200]]
+    assert [layer["selected"] for layer in layers] == [k * kv_heads * steps for k in (64, 128, 200)]
+    assert made.stats["budget_tokens"] == pytest.approx((64 + 128 + 200) / 3)
+    fixed = runtime(model, budget=200)
     fixed.generate(ids, max_new_tokens=9, do_sample=False)
     assert made._session.layout == fixed._session.layout  # the same slots, so the plan is the cap's
-    assert fixed.stats["budget_tokens"] == 24
+    assert fixed.stats["budget_tokens"] == 200
 
 
 def test_equal_needs_are_the_fixed_budget_bit_for_bit():
     model, ids = random_llama(), random_ids(300)
-    _, fixed = logits_of(runtime(model, budget=16).generate, ids, 8)
-    equal = runtime(model, [[16] * 3] * 3, budget=24, budget_mass=0.875)
+    _, fixed = logits_of(runtime(model, budget=128).generate, ids, 8)
+    equal = runtime(model, [[128] * 3] * 3, budget=200, budget_mass=0.875)
     equal_ids, adaptive = logits_of(equal.generate, ids, 8)
-    assert equal.stats["budget_tokens"] == 16
-    torch.testing.assert_close(adaptive, fixed, rtol=1e-5, atol=1e-5)  # buffers of 24: other summation order
-    _, capped = logits_of(runtime(model, [[64] * 3] * 3, budget=16, budget_mass=0.875).generate, ids, 8)
+    assert equal.stats["budget_tokens"] == 128
+    torch.testing.assert_close(adaptive, fixed, rtol=1e-5, atol=1e-5)  # buffers of 200: other summation order
+    _, capped = logits_of(runtime(model, [[256] * 3] * 3, budget=128, budget_mass=0.875).generate, ids, 8)
     assert torch.equal(capped, fixed)  # the cap is the same budget in the same buffers
 
 
 @pytest.mark.parametrize("new_rows", [None, 3])
 def test_correct_prefetch_equals_off_with_adaptive_budgets(new_rows):
     model, ids = random_llama(), random_ids(400)
-    settings = {"budget": 24, "slots": 40, "budget_mass": 0.875, "new_rows": new_rows}
+    settings = {"budget": 200, "slots": 220, "budget_mass": 0.875, "new_rows": new_rows}
     _, off = logits_of(runtime(model, NEEDS, prefetch="off", **settings).generate, ids, 10)
     _, correct = logits_of(runtime(model, NEEDS, prefetch="correct", **settings).generate, ids, 10)
     assert torch.equal(off, correct)
-    _, fixed = logits_of(runtime(model, prefetch="off", budget=24, new_rows=new_rows).generate, ids, 10)
+    _, fixed = logits_of(runtime(model, prefetch="off", budget=200, new_rows=new_rows).generate, ids, 10)
     assert not torch.equal(off, fixed)
 
 
 def test_a_batch_has_budgets_by_its_lengths():
     model = random_llama()
-    growing = [[2, 4, 8]] * 3  # a 128th of the context
-    made = runtime(model, growing, budget=64, budget_mass=0.875)
+    growing = [[64, 128, 256]] * 3  # a quarter of the context
+    made = runtime(model, growing, budget=256, budget_mass=0.875)
     ids = random_ids(500, batch=2)
     mask = torch.ones_like(ids)
     mask[1, :250] = 0  # 250 tokens, padded on the left
     made.generate(ids, mask, max_new_tokens=12, do_sample=False)
-    assert made.stats["layers"][0]["budgets"] == [4, 3]  # 512 and 262 tokens
+    assert made.stats["layers"][0]["budgets"] == [128, 66]  # of 512 and 262 tokens
 
 
 def test_a_calibration_that_measured_nothing_is_refused_and_a_short_prompt_is_not():
