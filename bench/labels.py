@@ -58,7 +58,7 @@ def widened(maps: Maps, channels: int) -> Maps:
 
 
 def label_bytes(channels: int, bits: int) -> int:
-    """Bytes a key, scales included: a float16 pair (scale, offset), or one scale for signs, none for popcount."""
+    """Bytes a key with its scales: a float16 pair (scale, offset), one for signs, none for popcount."""
     if bits == POPCOUNT:
         return channels // 8
     return channels * bits // 8 + {1: 2, 16: 0}.get(bits, 4)

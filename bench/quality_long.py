@@ -1,4 +1,4 @@
-"""Quality up to 262,144 tokens in five minutes of GPU: retrieval, attention mass, bits per byte, against dense.
+"""Quality up to 262,144 tokens in five minutes of GPU, against dense: retrieval, mass, bits per byte.
 
     python -m bench.quality_long --text moby_dick.txt --out results/quality_long --minutes 5 \
         --labels 32x4 16x16:calibration16.safetensors
@@ -38,7 +38,9 @@ DEPTHS = [(step + 0.5) / 8 for step in range(8)]  # eight keys a document, as th
 BUDGETS = ("1/16", "2048")
 BIT_BUDGETS = ("1/16", "1/64")
 SEED = 0
-JOINTS = 1024  # a document may be a few tokens longer than asked for, and caches must not grow under a question
+JOINTS = (
+    1024  # a document may be a few tokens longer than asked for, and caches must not grow under a question
+)
 
 
 def judged(metric: metrics.Metric) -> Any:
@@ -46,7 +48,8 @@ def judged(metric: metrics.Metric) -> Any:
 
     def look(runtime: OffloadedModel, group: Group, case: Any) -> dict[str, Any]:
         answer = ask(runtime, group, case, decode_question=False, resume=True)
-        return {"score": metric(answer, case.gold), "answer": answer[:100], "gold": list(case.gold)}
+        figures = {"score": metric(answer, case.gold), "answer": answer[:100], "gold": list(case.gold)}
+        return figures | {"budget_tokens": runtime.stats["budget_tokens"]}
 
     return look
 
@@ -70,7 +73,10 @@ class Work:
         self.longest = max(options.ctx)
 
     def jobs(self) -> Iterator[Job]:
-        halves = range(self.options.documents // 2), range(self.options.documents // 2, self.options.documents)
+        halves = (
+            range(self.options.documents // 2),
+            range(self.options.documents // 2, self.options.documents),
+        )
         for document in halves[0]:
             yield self.passkey(self.longest, document, self.main, dense=True)
             yield self.lines(self.longest, document, self.main, dense=True)
@@ -193,12 +199,16 @@ def report(known: Results, out: Path, failures: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=str(EMBEDDED))
     parser.add_argument("--text", required=True, help="a long text that calibration has not seen")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--labels", nargs="+", default=["32x4"], help="channels x bits[:calibration], best first")
+    parser.add_argument(
+        "--labels", nargs="+", default=["32x4"], help="channels x bits[:calibration], best first"
+    )
     parser.add_argument("--ctx", nargs="+", type=int, default=[8192, 16384, 32768, 65536, 131072, 262144])
     parser.add_argument("--bit-ctx", nargs="+", type=int, default=[65536, 131072, 262144])
     parser.add_argument("--documents", type=int, default=8, help="of the longest context, 8 questions each")

@@ -1,7 +1,7 @@
 """LongBench with a small real model: dense against a budget, a table per task, in minutes.
 
-    python -m bench.quality_longbench --model DIR/SmolLM2-135M-Instruct.Q4_1.gguf --calibration smollm2.safetensors \
-        --file longbench/*.jsonl --budget 1/8 --out results/quality_longbench --minutes 4
+    python -m bench.quality_longbench --model DIR/SmolLM2-135M-Instruct.Q4_1.gguf \
+        --calibration smollm2.safetensors --file longbench/*.jsonl --budget 1/8 --out results/quality_longbench --minutes 4
 
 The files hold one {"task", "prompt", "gold"} a line; prompts that are too long lose
 their middle, as LongBench cuts them. Each prompt is prefilled once and answered dense
@@ -33,7 +33,8 @@ def judged(runtime: OffloadedModel, group: Group, case: Any) -> dict[str, Any]:
     """Answer one prompt that is in the caches and score it by its task's metric."""
     answer = ask(runtime, group, case, decode_question=False, resume=True)
     score = longbench.metric_of(group.task)(answer, case.gold)
-    return {"score": score, "answer": answer, "gold": list(case.gold)}
+    figures = {"score": score, "answer": answer, "gold": list(case.gold)}
+    return figures | {"budget_tokens": runtime.stats["budget_tokens"]}
 
 
 def in_turns(groups: list[Group], limit: int) -> list[Group]:
@@ -69,7 +70,9 @@ def run_all(options: argparse.Namespace, known: Results, failures: list[str]) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="model directory or GGUF file")
     parser.add_argument("--calibration", help="its label maps; else every prompt calibrates the model")
     parser.add_argument("--file", nargs="+", type=Path, required=True)
@@ -87,6 +90,9 @@ def main() -> None:
     if options.minutes > 0:
         run_all(options, known, failures)
     rows = of_suite(known, "longbench")
+    if not rows:
+        print("no case was answered in time")
+        return
     summary = {"machine": machine(), "failures": failures, "lines": with_averages(summarise(rows, None))}
     (options.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     score_bars(rows, options.out, "longbench")

@@ -26,7 +26,10 @@ Look = Callable[[OffloadedModel, Group, Case], dict[str, Any]]
 
 
 class SharedPrefill:
-    """A runtime made for budget 1/1 that answers under any budget. apart: a prefill for each, if that fails."""
+    """A runtime made for budget 1/1 that answers under any budget.
+
+    apart: a prefill and caches for each budget instead, as tests compare it with.
+    """
 
     def __init__(self, runtime: OffloadedModel, apart: bool = False) -> None:
         self.runtime, self.apart = runtime, apart
@@ -67,7 +70,9 @@ class Job:
     options: dict[str, Any]
 
 
-def open_runtime(base: OffloadedModel, setting: Setting, ctx: int, calibration: Any, **more: Any) -> SharedPrefill:
+def open_runtime(
+    base: OffloadedModel, setting: Setting, ctx: int, calibration: Any, **more: Any
+) -> SharedPrefill:
     """Another runtime on the same weights, for one kind of label."""
     widest = replace(setting, budget=EVERYTHING)
     config = widest.config(ctx, seed=0, **more)

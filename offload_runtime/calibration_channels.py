@@ -29,11 +29,14 @@ def published_maps(
     if method not in SUFFIX:
         raise UserError(f"--channels-from goes with --method {', '.join(SUFFIX)}; {method!r} needs a text")
     layers, heads, kv_heads, dim = (
-        facts[name] for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+        facts[name]
+        for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
     )
     orders = read_orders(file, SUFFIX[method])
     if sorted(orders) != list(range(layers)):
-        raise UserError(f"{file} has {SUFFIX[method]} of {len(orders)} layers, this model has {layers} layers")
+        raise UserError(
+            f"{file} has {SUFFIX[method]} of {len(orders)} layers, this model has {layers} layers"
+        )
     wanted = kv_heads if method == "channels-k" else heads
     maps = [layer_map(file, orders[i], wanted, kv_heads, dim, channels) for i in range(layers)]
     key_map = torch.stack(maps)  # [L, Hkv, R, D]
@@ -41,9 +44,7 @@ def published_maps(
     return key_map.repeat_interleave(heads // kv_heads, 1), key_map, mean
 
 
-def layer_map(
-    file: Path, order: Any, heads: int, kv_heads: int, dim: int, channels: int
-) -> torch.Tensor:
+def layer_map(file: Path, order: Any, heads: int, kv_heads: int, dim: int, channels: int) -> torch.Tensor:
     """Rows of the identity [Hkv, R, D] from one layer's lists [heads][D]."""
     try:
         ranked = torch.tensor(order, dtype=torch.long)
@@ -52,7 +53,8 @@ def layer_map(
     everything = torch.arange(dim).expand(heads, dim)
     if ranked.shape != (heads, dim) or not torch.equal(ranked.sort(-1).values, everything):
         raise UserError(
-            f"{file} has lists of shape {tuple(ranked.shape)}, this model needs {heads} orders of {dim} channels"
+            f"{file} has lists of shape {tuple(ranked.shape)}, "
+            f"this model needs {heads} orders of {dim} channels"
         )
     rank = ranked.argsort(-1).view(kv_heads, -1, dim).double().mean(1)  # [Hkv, D], 0 is the best
     chosen = torch.argsort(rank, dim=-1, stable=True)[:, :channels].sort(-1).values  # [Hkv, R]
@@ -66,7 +68,9 @@ def read_orders(file: Path, suffix: str) -> dict[int, Any]:
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
     except ValueError as error:
-        raise UserError(f"{file} is not JSON; give a channel file as Double Sparsity publishes them") from error
+        raise UserError(
+            f"{file} is not JSON; give a channel file as Double Sparsity publishes them"
+        ) from error
     found = {}
     for key, lists in content.items() if isinstance(content, dict) else ():
         match = KEY.search(key)

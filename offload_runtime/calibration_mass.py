@@ -6,6 +6,7 @@ tokens for every KV head of a sequence, so a head's own curve is kept but only
 their mean is used.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -19,21 +20,21 @@ TREND_POINTS = 3  # contexts that a layer's growth beyond the longest one is rea
 
 
 class MassSums:
-    """Sums over queries of the mass [Hkv, contexts, budgets] held by each budget, float64, and their number."""
+    """Sums over queries of the mass [Hkv, contexts, budgets] that budgets hold, and the queries' number."""
 
     def __init__(self, kv_heads: int) -> None:
         self.held = torch.zeros(kv_heads, len(CONTEXTS), len(BUDGETS), dtype=torch.float64)
         self.queries = torch.zeros(len(CONTEXTS), dtype=torch.int64)
 
     def add(self, masses: torch.Tensor, places: torch.Tensor, contexts: list[int]) -> None:
-        """masses [Hkv, P, T]: softmax of the queries at places [P], mean of the group; contexts [P] by index."""
+        """masses [Hkv, P, T]: softmax of the queries at places [P], group mean; contexts [P] by index."""
         for p, (place, context) in enumerate(zip(places.tolist(), contexts, strict=True)):
             self.held[:, context] += held_by_budgets(masses[:, p, : place + 1]).double().cpu()
             self.queries[context] += 1
 
 
 def held_by_budgets(mass: torch.Tensor) -> torch.Tensor:
-    """Mass [Hkv, budgets] on sinks, recent tokens and the best of the others, from one query's mass [Hkv, T]."""
+    """Mass [Hkv, budgets] on sinks, recent and best other tokens, from one query's mass [Hkv, T]."""
     far = mass[:, SINKS : mass.shape[1] - RECENT].sort(-1, descending=True).values.cumsum(-1)  # [Hkv, T']
     last = torch.tensor([min(budget, far.shape[1]) - 1 for budget in BUDGETS], device=mass.device)
     return mass.sum(-1, keepdim=True) - far[:, -1:] + far[:, last]
@@ -82,7 +83,7 @@ def need(held: torch.Tensor, contexts: tuple[int, ...], share: float, tokens: in
     at = math.log2(tokens)
     if at <= known[0][0]:
         return 2 ** (known[0][1] + at - known[0][0])
-    for (x0, y0), (x1, y1) in zip(known, known[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(known):
         if at <= x1:
             return 2 ** (y0 + (y1 - y0) * (at - x0) / (x1 - x0))
     x1, y1 = known[-1]

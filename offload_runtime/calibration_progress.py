@@ -30,7 +30,7 @@ class Progress:
         self.file, self.facts = out.with_name(f".{out.name}.progress"), facts
 
     def load(self, layers: int, device: torch.device) -> tuple[Collection, int, str]:
-        """(collection, blocks done, one line for the user); an empty one where there is nothing to go on from."""
+        """(collection, blocks done, one line for the user); empty where there is nothing to go on from."""
         empty = Collection.of(layers)
         if not self.file.is_file():
             return empty, 0, ""
@@ -89,8 +89,9 @@ def unpack(tensors: dict[str, torch.Tensor], device: torch.device) -> Collection
     layers = sum(name.endswith(".sizes") for name in tensors)
     collection = Collection.of(layers)
     for index in range(layers):
-        sums = (tensors[f"{index}.{name}"].to(device) for name in MOMENTS)
-        collection.moments[index] = LayerMoments(*sums, *tensors[f"{index}.sizes"].tolist())
+        sums = {name: tensors[f"{index}.{name}"].to(device) for name in MOMENTS}
+        tokens, group = tensors[f"{index}.sizes"].tolist()
+        collection.moments[index] = LayerMoments(**sums, tokens=tokens, group=group)
         mass = MassSums(len(tensors[f"{index}.held"]))
         mass.held, mass.queries = tensors[f"{index}.held"], tensors[f"{index}.queries"]
         collection.mass[index] = mass

@@ -74,7 +74,9 @@ class RuntimeConfig:
         if self.label_channels is not None and not 1 <= self.label_channels <= LABEL_WIDTHS[-1]:
             raise UserError(f"label_channels is {self.label_channels}; choose 1 to {LABEL_WIDTHS[-1]}")
         if self.budget_mass is not None and not 0 < self.budget_mass < 1:
-            raise UserError(f"budget_mass is {self.budget_mass}; give a share above 0 and below 1, such as 0.98")
+            raise UserError(
+                f"budget_mass is {self.budget_mass}; give a share above 0 and below 1, such as 0.98"
+            )
         for name in ("ctx", "slots", "new_rows", "chunk_tokens", "audit_every"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -221,9 +221,11 @@ class Session:
 
 
 def layer_budgets(config: RuntimeConfig, calibration: Calibration, layers: int, tokens: int) -> list[int]:
-    """K of every layer for a sequence of that many tokens: config.budget, or less where less holds budget_mass.
+    """K of every layer for so many tokens: config.budget, or less where less holds budget_mass.
 
-    LEAST_ADAPTIVE at least: a mean over text does not show what a layer looks up once in a document. Without a measured curve (a prompt of fewer than 256 tokens calibrates itself) config.budget is K.
+    LEAST_ADAPTIVE at least: a mean over text does not show what a layer looks up once in
+    a document. Without a measured curve (a prompt of fewer than 256 tokens calibrates
+    itself) config.budget is K.
     """
     cap, curve = config.budget_tokens(tokens), calibration.mass_curve
     if config.budget_mass is None or curve is None:

@@ -103,14 +103,10 @@ def test_other_files_are_refused(model_directory, published, tmp_path, change, m
     change(content)
     published.write_text(json.dumps(content))
     with pytest.raises(UserError, match=words):
-        calibrate(
-            model_directory, method=method, channels=4, out=tmp_path / "c", channels_from=published
-        )
+        calibrate(model_directory, method=method, channels=4, out=tmp_path / "c", channels_from=published)
     published.write_text("no json")
     with pytest.raises(UserError, match="not JSON"):
-        calibrate(
-            model_directory, method="channels", channels=4, out=tmp_path / "c", channels_from=published
-        )
+        calibrate(model_directory, method="channels", channels=4, out=tmp_path / "c", channels_from=published)
 
 
 def error_of(moments, chosen):

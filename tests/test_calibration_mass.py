@@ -30,7 +30,9 @@ def curve(needs, contexts=(256, 512, 1024)):
     held = torch.full((len(needs), 1, len(contexts), len(BUDGETS)), 0.5)
     for layer, row in enumerate(needs):
         for c, need in enumerate(row):
-            held[layer, 0, c, BUDGETS.index(need) :] = torch.linspace(0.875, 1, len(BUDGETS) - BUDGETS.index(need))
+            held[layer, 0, c, BUDGETS.index(need) :] = torch.linspace(
+                0.875, 1, len(BUDGETS) - BUDGETS.index(need)
+            )
     return MassCurve(held, contexts)
 
 
@@ -113,7 +115,7 @@ def test_equal_needs_are_the_fixed_budget_bit_for_bit():
     model, ids = random_llama(), random_ids(300)
     _, fixed = logits_of(runtime(model, budget=128).generate, ids, 8)
     equal = runtime(model, [[128] * 3] * 3, budget=200, budget_mass=0.875)
-    equal_ids, adaptive = logits_of(equal.generate, ids, 8)
+    _, adaptive = logits_of(equal.generate, ids, 8)
     assert equal.stats["budget_tokens"] == 128
     torch.testing.assert_close(adaptive, fixed, rtol=1e-5, atol=1e-5)  # buffers of 200: other summation order
     _, capped = logits_of(runtime(model, [[256] * 3] * 3, budget=128, budget_mass=0.875).generate, ids, 8)

@@ -51,7 +51,9 @@ def test_shared_equals_apart(tmp_path, monkeypatch):
     groups = [group_of(0), group_of(50, prefix=300)]
     prefills = []
     plain = PrefillRun.run
-    monkeypatch.setattr(PrefillRun, "run", lambda self, ids: (prefills.append(ids.shape[1]), plain(self, ids))[1])
+    monkeypatch.setattr(
+        PrefillRun, "run", lambda self, ids: (prefills.append(ids.shape[1]), plain(self, ids))[1]
+    )
     together = rows_of(shared_of(model), tmp_path, groups, "together")
     assert [n for n in prefills if n > 20] == [400, 300]  # one long prefill a document
     apart = rows_of(shared_of(model, apart=True), tmp_path, groups, "apart")
