@@ -1,7 +1,8 @@
 """LongBench with a small real model: dense against a budget, a table per task, in minutes.
 
     python -m bench.quality_longbench --model DIR/SmolLM2-135M-Instruct.Q4_1.gguf \
-        --calibration smollm2.safetensors --file longbench/*.jsonl --budget 1/8 --out results/quality_longbench --minutes 4
+        --calibration smollm2.safetensors --file longbench/*.jsonl --budget 1/8 \
+        --out results/quality_longbench --minutes 4
 
 The files hold one {"task", "prompt", "gold"} a line; prompts that are too long lose
 their middle, as LongBench cuts them. Each prompt is prefilled once and answered dense
