@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
-from bench.driven import unit_calibration
-from bench.machine import machine
-from bench.shapes import random_model
 from offload_runtime import OffloadedModel, RuntimeConfig
+from offload_runtime.bench.driven import unit_calibration
+from offload_runtime.bench.machine import machine
+from offload_runtime.bench.shapes import random_model
 from offload_runtime.choosing import Chooser
 from offload_runtime.continuous import ContinuousBatch
 

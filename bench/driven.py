@@ -73,7 +73,8 @@ class DrivenSession(Session):
             fixed = self.layout.fixed_slots
             cache.resident.slots[:, :, :fixed] = cache.host.rows[:, :, :fixed].to(self.adapter.device)
         self.state.lengths.fill_(self.layout.capacity - steps)
-        self.state.budgets.fill_(self.config.budget_tokens(self.layout.capacity))
+        for cache in self.offloaded.values():
+            cache.budgets.fill_(self.config.budget_tokens(self.layout.capacity))
 
     def forget_resident(self) -> None:
         """The next step has to fetch every row it selects."""

@@ -12,6 +12,7 @@ from offload_runtime.kernels.scores import label_scores_reference
 
 SINKS, RECENT, SHARE = 16, 64, 16  # the runtime's defaults
 QUERIES = 32  # sampled positions a layer
+POPCOUNT = -1  # in place of bits: signs of both query and key, one scale a head; what popcount compares
 COMBINATIONS = (
     "sum, full normaliser",
     "sum, local normaliser",
@@ -65,7 +66,13 @@ def sample_layers(
 
 
 def label_cache(keys: torch.Tensor, maps: Maps, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [1, Hkv, T, width] and scales [1, Hkv, T, 2] of keys [Hkv, T, D]; bits 32: not rounded."""
+    """Codes [1, Hkv, T, width] and scales [1, Hkv, T, 2] of keys [Hkv, T, D]; bits 32: not rounded.
+
+    bits 2 are kept one a byte here, bits 1 as the numbers that a sign and a scale stand for.
+    """
+    if bits == 1:
+        labels = label_cache(keys, maps, 32)[0]
+        return signs(labels, labels.abs().mean(-1, keepdim=True).half().float()), torch.empty(1, 1, 1, 1)
     kv_heads, tokens, _ = keys.shape
     kind = {32: torch.float32, 16: torch.float16}.get(bits, torch.uint8)
     codes = torch.zeros(1, kv_heads, tokens, code_width(maps[1].shape[1], bits), dtype=kind)
@@ -73,6 +80,11 @@ def label_cache(keys: torch.Tensor, maps: Maps, bits: int) -> tuple[torch.Tensor
     start = torch.zeros(1, dtype=torch.int32)
     make_labels_reference(keys[None], maps[1], maps[2], start, codes, scales, min(bits, 16))
     return codes, scales
+
+
+def signs(labels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Labels [..., R] as their signs times a scale; the mean size is the scale of the least square error."""
+    return torch.where(labels >= 0, scale, -scale)
 
 
 def local_rows(sample: LayerSample) -> torch.Tensor:
@@ -92,7 +104,14 @@ def scores_of(sample: LayerSample, maps: Maps, bits: int, combination: str) -> t
     labels, local = query_labels_reference(
         queries, maps[0], maps[2], local_rows(sample), sample.lengths, SINKS, RECENT, sample.scale, True
     )
-    codes, scales = (t.expand(len(queries), -1, -1, -1) for t in label_cache(sample.keys, maps, bits))
+    if bits == POPCOUNT:
+        labels = signs(labels, labels.abs().mean(-1, keepdim=True))
+        whole = label_cache(sample.keys, maps, 32)[0]
+        cached = (signs(whole, whole.abs().mean((2, 3), keepdim=True)), torch.empty(1, 1, 1, 1))
+    else:
+        cached = label_cache(sample.keys, maps, bits)
+    codes, scales = (t.expand(len(queries), -1, -1, -1) for t in cached)
+    bits = 16 if bits in (1, POPCOUNT) else bits
     scores = torch.empty(len(queries), kv_heads, sample.keys.shape[1])
     # q.mean is in neither the labels nor the offsets of the runtime; [P, Hkv, G]
     grouped = queries.view(len(queries), kv_heads, -1, queries.shape[-1]) * sample.scale

@@ -20,7 +20,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from offload_runtime.adapter import ModelAdapter
-from offload_runtime.bench.label_mass import COMBINATIONS, LayerSample, Maps, measure, sample_layers
+from offload_runtime.bench.label_mass import COMBINATIONS, POPCOUNT, LayerSample, Maps, measure, sample_layers
 from offload_runtime.calibration_collect import collect, make_blocks
 from offload_runtime.calibration_maps import LayerMoments, calibrate_layer, label_maps, spread
 
@@ -47,15 +47,31 @@ def unrotated(maps: Maps) -> Maps:
     return back @ maps[0], back @ maps[1], maps[2]
 
 
+def widened(maps: Maps, channels: int) -> Maps:
+    """The same approximation in twice as many channels: a second, random rotation beside the first one."""
+    queries, keys, mean = maps
+    size = keys.shape[1]
+    assert channels == 2 * size
+    noise = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    turned = torch.linalg.qr(noise).Q
+    return torch.cat([queries, turned @ queries], 1) / 2, torch.cat([keys, turned @ keys], 1), mean
+
+
 def label_bytes(channels: int, bits: int) -> int:
-    """Bytes a key, the (scale, offset) pair of float16 included."""
-    return channels * bits // 8 + (4 if bits < 16 else 0)
+    """Bytes a key with its scales: a float16 pair (scale, offset), one for signs, none for popcount."""
+    if bits == POPCOUNT:
+        return channels // 8
+    return channels * bits // 8 + {1: 2, 16: 0}.get(bits, 4)
 
 
 LABELS = (
     *(("channels", r, 16) for r in (8, 16, 32)),
     *(("channels", r, 4) for r in (16, 32, 64)),
+    *(("greedy", r, 16) for r in (8, 16, 32)),
+    *(("greedy", r, 4) for r in (16, 32, 64)),
     *(("projection", r, bits) for r in (16, 32, 64) for bits in (16, 8, 4)),
+    *(("projection", r, 2) for r in (32, 64)),
+    *(("projection", r, bits) for r in (64, 128) for bits in (1, POPCOUNT)),
 )
 
 
@@ -67,8 +83,11 @@ def table(
     exact = [identity_maps(sample) for sample in samples]
     projected = {r: [m.maps(r, "projection") for m in moments] for r in (16, 32, 64)}
     rows: list[dict[str, Any]] = []
+    dim = samples[0].keys.shape[-1]
     for method, channels, bits in LABELS:
-        maps = projected[channels] if method == "projection" else [m.maps(channels, method) for m in moments]
+        maps = [m.maps(min(channels, dim), method) for m in moments]
+        if channels > dim:
+            maps = [widened(layer, channels) for layer in maps]
         row = {"method": method, "channels": channels, "bits": bits, "bytes": label_bytes(channels, bits)}
         rows.append(row | measure(samples, maps, bits, runtime))
         print(rows[-1], flush=True)
@@ -143,18 +162,26 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """Far mass found over bytes a key, one panel a model."""
     from matplotlib import pyplot as plt
 
+    names = {1: "projection, signs and a scale", POPCOUNT: "projection, signs of both (popcount)"}
     figure, panels = plt.subplots(1, len(results), figsize=(6 * len(results), 4.2), squeeze=False)
     for panel, (name, result) in zip(panels[0], results.items(), strict=True):
         for method, bits, mark in (
             ("channels", 16, "s"),
             ("channels", 4, "v"),
+            ("greedy", 16, "P"),
+            ("greedy", 4, "X"),
             ("projection", 16, "o"),
             ("projection", 8, "^"),
             ("projection", 4, "D"),
+            ("projection", 2, "<"),
+            ("projection", 1, "."),
+            ("projection", POPCOUNT, "*"),
         ):
             rows = [r for r in result["labels"] if (r["method"], r["bits"]) == (method, bits)]
+            if not rows:
+                continue  # measured before this kind of label was
             points = [(r["bytes"], r["far"]) for r in rows]
-            panel.plot(*zip(*points, strict=True), mark + "-", label=f"{method}, {bits} bit")
+            panel.plot(*zip(*points, strict=True), mark + "-", label=names.get(bits, f"{method}, {bits} bit"))
             for row, point in zip(rows, points, strict=True):
                 panel.annotate(row["channels"], point, (3, 4), textcoords="offset points", fontsize=7)
         panel.axhline(result["exact"]["far"], color="grey", ls="--", label="exact scores")

@@ -132,7 +132,8 @@ def _measure_share(
         cache.clear()
         cache.__dict__.pop("choose", None)
     count = max(1, round(share * tokens))
-    session.state.budgets.fill_(count)
+    for cache in session.offloaded.values():
+        cache.budgets.fill_(count)
     for _ in range(SETTLE_STEPS):
         session.step(next(feed)[None])
     watch = Watch(session)

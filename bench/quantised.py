@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.machine import machine
-from bench.main_job import LLAMA_8B, figures
 from offload_runtime import OffloadedModel, RuntimeConfig
+from offload_runtime.bench.machine import machine
+from offload_runtime.bench.main_job import LLAMA_8B, figures
 from offload_runtime.cli_options import DTYPES
 from offload_runtime.errors import RunError
 from offload_runtime.loading import quantisation

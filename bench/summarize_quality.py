@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from offload_runtime import OffloadedModel
 from offload_runtime.bench.machine import machine
+from offload_runtime.engine import OffloadedModel
 from offload_runtime.jobs.model_answers import ModelAnswerer
 from offload_runtime.jobs.splitting import shorten
 

@@ -29,7 +29,6 @@ class BatchState:
 
     lengths: torch.Tensor  # [B] int32: tokens, the current one included; 0 in an empty place
     positions: torch.Tensor  # [B] int32: the current token's, lengths - 1
-    budgets: torch.Tensor  # [B] int32: K of each sequence
     step: torch.Tensor  # [1] int32: decode steps since the caches were cleared
     active: torch.Tensor  # [B] int32: tokens a step adds, 1; 0 in an empty place
 
@@ -60,6 +59,7 @@ class LayerCache:
         self.maps = LabelMaps(layout, device)
         self.previous = Selection(layout, device) if new_rows is not None else None
         self.one_kernel = cluster_select_available(device, layout.capacity)
+        self.budgets = torch.zeros(layout.batch, dtype=torch.int32, device=device)  # K of each sequence here
         self.counters = torch.zeros(layout.batch, 2, 3, dtype=torch.int64, device=device)
 
     def clear(self) -> None:
@@ -109,7 +109,7 @@ class LayerCache:
         chosen = (selection.tokens, selection.counts)
         if self.one_kernel:
             before = None if self.previous is None else self.previous.tokens
-            limits = (state.budgets, state.lengths, *fixed)
+            limits = (self.budgets, state.lengths, *fixed)
             select_by_labels_cluster(*label_arguments, *limits, *chosen, before, self.new_rows or 0)
         else:
             label_scores(*label_arguments, state.lengths, *fixed, work.scores)
@@ -123,11 +123,11 @@ class LayerCache:
         state, fixed = self.state, (self.resident.sinks, self.resident.recent)
         chosen = (selection.tokens, selection.counts)
         if self.previous is None:
-            select_topk(work.scores, state.budgets, state.lengths, *fixed, *chosen)
+            select_topk(work.scores, self.budgets, state.lengths, *fixed, *chosen)
             return
         sticky_topk(
             work.scores,
-            state.budgets,
+            self.budgets,
             self.new_rows or 0,
             state.lengths,
             *fixed,

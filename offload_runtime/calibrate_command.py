@@ -1,54 +1,77 @@
 """`ds-offload calibrate`: run a model over text files and write its calibration file."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .adapter import ModelAdapter
-from .calibration import Calibration
-from .calibration_collect import collect, make_blocks, make_calibration
+from .calibration import Calibration, config_facts
+from .calibration_channels import published_maps
+from .calibration_collect import Collection, collect, make_blocks, make_calibration, provenance_of
 from .calibration_maps import METHODS, check_request
-from .config import DEFAULT_LABEL_CHANNELS
+from .calibration_progress import Progress
+from .config import CALIBRATION_TOKENS, DEFAULT_LABEL_CHANNELS
 from .engine import CALIBRATION_FILE, choose_device
 from .errors import UserError
-from .loading import load_tokenizer
-from .model_check import first_line
+from .loading import load_model, load_tokenizer, read_config
+from .snapshot import weights_fingerprint
 
-DEFAULT_TOKENS = 32768  # measured: 8,192 give the mass that 16,384 give; four times that to be safe
 BLOCK_TOKENS = 4096  # one forward pass: long enough for N/16 to be a choice, small beside the weights
+Report = Callable[[int, int], None]  # (layers x blocks done, layers x blocks in all)
+
+log = logging.getLogger(__name__)
 
 
 def calibrate(
     model: str | Path,
-    text_files: Sequence[str | Path],
+    text_files: Sequence[str | Path] = (),
     method: str = "projection",
     channels: int = DEFAULT_LABEL_CHANNELS,
     out: str | Path | None = None,
-    tokens: int = DEFAULT_TOKENS,
+    tokens: int = CALIBRATION_TOKENS,
     seed: int = 0,
     device: str = "auto",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
+    channels_from: str | Path | None = None,
 ) -> Path:
-    """Calibrate a model directory or hub name on UTF-8 text files; returns the file written.
+    """Calibrate a model directory, hub name or GGUF file on UTF-8 text files; returns the file written.
 
     method: one of METHODS; channels: R. out: default calibration.safetensors in the
     model's directory. tokens: how many of the text's tokens to run, in blocks spread
-    over it. progress(done, total) counts layers x blocks. UserError in one line.
+    over it. A run that was stopped goes on where it was when it is started again with
+    the same settings. progress(done, total) counts layers x blocks. channels_from: a
+    JSON file of channels as Double Sparsity publishes them; a text is then optional,
+    and tells which layers to predict. UserError in one line.
     """
     if method not in METHODS:
         raise UserError(f"method is {method!r}; choose one of {', '.join(METHODS)}")
     target = output_path(model, out)
+    maps = None
+    if channels_from is not None:
+        config = read_config(model)
+        check_request(channels, method, config_facts(config)["head_dim"])
+        maps = published_maps(Path(channels_from), method, channels, config_facts(config))
+        if not text_files:
+            facts = {"model": Path(model).name, "channels_from": Path(channels_from).name}
+            provenance = {**provenance_of(config, method, channels), **facts}
+            Calibration(*maps, unpredicted_layers=(0,), provenance=provenance).save(target)
+            return target
     text = read_texts(text_files)
-    place = choose_device(device)
-    loaded = load_model(model, place)
-    tokenizer = load_tokenizer(model)
+    loaded = load_model(model, choose_device(device))
     adapter, name = ModelAdapter(loaded), Path(model).name
-    made = calibrate_text(adapter, tokenizer, text, name, method, channels, tokens, seed, progress)
+    made = calibrate_text(
+        adapter, load_tokenizer(model), text, name, method, channels, tokens, seed, progress, target
+    )
+    if maps is not None:
+        facts = {**made.provenance, "channels_from": Path(str(channels_from)).name}
+        made = replace(made, query_map=maps[0], key_map=maps[1], key_mean=maps[2], provenance=facts)
     made.save(target)
+    side_file(target).remove()
     return target
 
 
@@ -61,20 +84,23 @@ def calibrate_text(
     channels: int,
     tokens: int,
     seed: int,
-    progress: Callable[[int, int], None] | None,
+    progress: Report | None,
+    resumable_at: Path | None = None,
 ) -> Calibration:
-    """calibrate() for a loaded model and text; name is what the file calls the model."""
+    """calibrate() for a loaded model and text; name is what the file calls the model.
+
+    resumable_at: where the calibration file will be; what is collected is kept beside it.
+    """
     check_request(channels, method, adapter.head_dim)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
     if min(len(ids), tokens) < 2 * channels:
         raise UserError(
             f"{min(len(ids), tokens)} tokens of text are too few for {channels} label channels; "
-            f"give at least {2 * channels}, better {DEFAULT_TOKENS}"
+            f"give at least {2 * channels}, better {CALIBRATION_TOKENS}"
         )
     prefix = torch.tensor(tokenizer("").input_ids, dtype=torch.long)  # <bos> for most models
     room = adapter.trained_positions or BLOCK_TOKENS
     blocks = make_blocks(ids, prefix, tokens, max(1, min(BLOCK_TOKENS, room - len(prefix))), seed)
-    collection = collect(adapter, blocks, room, seed, progress)
     facts = {
         "model": name,
         "text_hash": hashlib.sha256(text.encode()).hexdigest()[:16],
@@ -82,7 +108,40 @@ def calibrate_text(
         "positions": str(room),
         "seed": str(seed),
     }
+    if resumable_at is None:
+        collection = collect(adapter, blocks, room, seed, progress)
+    else:
+        collection = collect_resumably(adapter, blocks, room, seed, progress, side_file(resumable_at, facts))
     return make_calibration(adapter, collection, channels, method, facts)
+
+
+def side_file(target: Path, facts: dict[str, str] | None = None) -> Progress:
+    return Progress(target, facts or {})
+
+
+def collect_resumably(
+    adapter: ModelAdapter,
+    blocks: Sequence[torch.Tensor],
+    positions: int,
+    seed: int,
+    progress: Report | None,
+    side: Progress,
+) -> Collection:
+    """collect(), from what `side` holds of a stopped run of the same model, text and settings.
+
+    The sums do not depend on method and R, so a rerun may ask for others.
+    """
+    blocks_hash = hashlib.sha256(b"".join(block.numpy().tobytes() for block in blocks)).hexdigest()
+    side.facts = {
+        **side.facts,
+        "weights": str(weights_fingerprint(adapter.model)),
+        "blocks": blocks_hash,
+        "arithmetic": f"{adapter.dtype} on {adapter.device.type}, torch {torch.__version__}",
+    }
+    known, done, note = side.load(len(adapter.layers), adapter.device)
+    if note:
+        log.warning(note)
+    return collect(adapter, blocks, positions, seed, progress, (known, done), side.save)
 
 
 def output_path(model: str | Path, out: str | Path | None) -> Path:
@@ -108,14 +167,3 @@ def read_texts(text_files: Sequence[str | Path]) -> str:
         except OSError as error:
             raise UserError(f"cannot read text file {path}: {error.strerror}") from error
     return "\n\n".join(texts)
-
-
-def load_model(model: str | Path, place: torch.device) -> PreTrainedModel:
-    """The model in its own dtype on CUDA, in float32 on CPU."""
-    dtype: str | torch.dtype = "auto" if place.type == "cuda" else torch.float32
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load model {model}: {first_line(error)}") from error
-    torch.nn.Module.to(loaded, place)
-    return loaded.eval()

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
 from .calibration_maps import METHODS, calibrate_layer, label_maps
+from .calibration_mass import MassCurve
 from .errors import RunError, UserError
 
 __all__ = ["METHODS", "Calibration", "calibrate_layer", "config_facts", "config_hash", "label_maps"]
@@ -42,7 +43,8 @@ class Calibration:
     query_map [L, Hq, R, D], key_map [L, Hkv, R, D] and key_mean [L, Hkv, D],
     float32. unpredicted_layers: those whose prediction from the layer before is
     poor, layer 0 always. provenance: model, config (JSON), config_hash, text_hash,
-    tokens, method, label_channels, versions, date.
+    tokens, method, label_channels, versions, date. mass_curve: what budgets hold, where
+    it was measured.
     """
 
     query_map: torch.Tensor
@@ -50,12 +52,16 @@ class Calibration:
     key_mean: torch.Tensor
     unpredicted_layers: tuple[int, ...]
     provenance: dict[str, str]
+    mass_curve: MassCurve | None = None
 
     def save(self, path: str | Path) -> None:
         """Write the safetensors file whole or not at all; RunError when that fails."""
         tensors = {name: getattr(self, name).float().cpu().contiguous() for name in TENSORS}
         layers = ",".join(map(str, self.unpredicted_layers))
         metadata = {**self.provenance, "unpredicted_layers": layers}
+        if self.mass_curve is not None:
+            tensors[HELD_MASS] = self.mass_curve.held.contiguous()
+            metadata[CONTEXTS] = ",".join(map(str, self.mass_curve.contexts))
         target = Path(path)
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         try:
@@ -73,6 +79,11 @@ class Calibration:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in TENSORS}
                 metadata = dict(file.metadata() or {})
+                contexts = metadata.pop(CONTEXTS, None)
+                curve = None
+                if contexts is not None:
+                    counts = tuple(int(count) for count in contexts.split(","))
+                    curve = MassCurve(file.get_tensor(HELD_MASS), counts)
             layers = tuple(int(layer) for layer in metadata.pop("unpredicted_layers").split(","))
         except FileNotFoundError as error:
             raise UserError(f"there is no calibration file {path}") from error
@@ -80,7 +91,7 @@ class Calibration:
             raise UserError(
                 f"{path} is not a calibration file ({error}); make one with `ds-offload calibrate`"
             ) from error
-        return cls(**tensors, unpredicted_layers=layers, provenance=metadata)
+        return cls(**tensors, unpredicted_layers=layers, provenance=metadata, mass_curve=curve)
 
     def check(self, config: Any) -> None:
         """UserError when this calibration belongs to another model than config's, saying which."""
@@ -107,6 +118,7 @@ class Calibration:
 
 
 TENSORS = ("query_map", "key_map", "key_mean")
+HELD_MASS, CONTEXTS = "held_mass", "held_mass_contexts"  # a mass curve's tensor and metadata
 
 
 def config_facts(config: Any) -> dict[str, Any]:

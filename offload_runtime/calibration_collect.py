@@ -21,6 +21,7 @@ import transformers
 from .adapter import AttentionCall, ModelAdapter
 from .calibration import Calibration, config_facts, config_hash
 from .calibration_maps import LayerMoments, check_request
+from .calibration_mass import MassCurve, MassSums, query_places
 from .errors import UserError
 from .kernels.prefill_attention import prefill_attention
 
@@ -35,10 +36,16 @@ MIN_RECALL = 0.5
 
 @dataclass
 class Collection:
-    """What all blocks gave: moments of each layer, and recalls of its predicted selection by block."""
+    """What all blocks gave: moments of each layer, recalls of its predicted selection by block, held mass."""
 
     moments: list[LayerMoments | None]
     recalls: list[list[float]] = field(default_factory=list)
+    mass: list[MassSums | None] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, layers: int) -> "Collection":
+        """Nothing seen yet."""
+        return cls([None] * layers, [[] for _ in range(layers)], [None] * layers)
 
     def layer_moments(self) -> list[LayerMoments]:
         """Moments of every layer; UserError when a layer showed none or the layers differ in shape."""
@@ -51,6 +58,11 @@ class Collection:
                 f"this model is not supported: its layers differ in heads or head_dim ({len(shapes)} shapes)"
             )
         return seen
+
+    def mass_curve(self) -> MassCurve | None:
+        """Mass held by budgets; None when the blocks were too short to tell."""
+        sums = [mass for mass in self.mass if mass is not None]
+        return MassCurve.of(sums) if sums and len(sums) == len(self.mass) else None
 
     def mean_recalls(self) -> list[float]:
         """Mean recall of each layer's predicted selection; 0 for layer 0, which nothing predicts."""
@@ -83,10 +95,16 @@ def collect(
     positions: int,
     seed: int,
     progress: Progress | None = None,
+    known: tuple[Collection, int] | None = None,
+    keep: Callable[[Collection, int], None] | None = None,
 ) -> Collection:
-    """Moments over all tokens of the blocks [T], turned to places below `positions`, and recalls."""
+    """Moments over all tokens of the blocks [T], turned to places below `positions`, recalls, held mass.
+
+    known: what the first so many blocks gave, to go on from. keep(collection, blocks
+    done) is called after every block.
+    """
     layers = len(adapter.layers)
-    result = Collection([None] * layers, [[] for _ in range(layers)])
+    result, skipped = known or (Collection.of(layers), 0)
     generator = torch.Generator().manual_seed(seed)
     for number, block in enumerate(blocks):
 
@@ -95,7 +113,11 @@ def collect(
                 progress(done + index + 1, len(blocks) * layers)
 
         places = torch.randint(max(positions, len(block)), (len(block),), generator=generator)
+        if number < skipped:
+            continue  # its places were drawn all the same: the next block's must not change
         BlockRun(adapter, result, seen).run(block, places)
+        if keep is not None:
+            keep(result, number + 1)
     return result
 
 
@@ -112,6 +134,8 @@ class BlockRun:
         device, count = self.adapter.device, len(block)
         half = count // 2
         self.sampled = torch.linspace(half, count - 1, min(SAMPLED_QUERIES, count - half)).long().to(device)
+        asked, self.contexts = query_places(count)
+        self.asked = asked.to(device)
         positions = torch.stack([torch.arange(count), turned]).to(device)  # [2, T]
         handlers = [self._handler(index) for index in range(len(self.adapter.layers))]
         with self.adapter.handled_by(handlers), self.adapter.observed_by(self._before_layer):
@@ -139,11 +163,21 @@ class BlockRun:
             if self.predicted is not None:
                 recall = selection_recall(text, self.predicted, self.sampled)
                 self.result.recalls[index].append(recall)
+            self._add_mass(index, text)
             self.seen(index)
             out = attend(text)  # [1, T, Hq, D]
             return torch.cat([out, torch.zeros_like(out)])
 
         return handle
+
+    def _add_mass(self, index: int, text: AttentionCall) -> None:
+        """What budgets would hold of this layer's attention, at the contexts that the block reaches."""
+        sums = self.result.mass[index] or MassSums(text.key.shape[1])
+        self.result.mass[index] = sums
+        if self.contexts:
+            queries, group = text.query[0, :, self.asked], text.query.shape[1] // text.key.shape[1]
+            masses = group_masses(queries, text.key[0].float(), self.asked, text.scale, text.window)
+            sums.add(masses / group, self.asked, self.contexts)
 
 
 def attend(call: AttentionCall) -> torch.Tensor:
@@ -195,18 +229,25 @@ def make_calibration(
     check_request(channels, method, adapter.head_dim)
     maps = [moments.maps(channels, method) for moments in collection.layer_moments()]
     query_map, key_map, key_mean = (torch.stack(parts).cpu() for parts in zip(*maps, strict=True))
-    config = adapter.model.config
     provenance = {
+        **provenance_of(adapter.model.config, method, channels),
+        "prediction_recall": ",".join(f"{recall:.3f}" for recall in collection.mean_recalls()),
+        **facts,
+    }
+    layers, curve = collection.unpredicted_layers(), collection.mass_curve()
+    return Calibration(query_map, key_map, key_mean, layers, provenance, curve)
+
+
+def provenance_of(config: Any, method: str, channels: int) -> dict[str, str]:
+    """What every calibration says of itself."""
+    return {
         "config": json.dumps(config_facts(config)),
         "config_hash": config_hash(config),
         "method": method,
         "label_channels": str(channels),
-        "prediction_recall": ",".join(f"{recall:.3f}" for recall in collection.mean_recalls()),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        **facts,
     }
-    return Calibration(query_map, key_map, key_mean, collection.unpredicted_layers(), provenance)
 
 
 def calibrate_prompt(

@@ -26,6 +26,14 @@ tr(S^(2-2a)) tr(S^(2a)), least at a = 1/2 (Cauchy-Schwarz), where it is tr(S)^2;
 without rotation it is s_1 tr(S) at a = 1/2. Hence a = 1/2 and a rotation. It costs
 nothing at run time; in attention mass found at 4 bits it moves less than 0.001
 (bench/results/labels.json), because rounding is a small part of the whole error.
+
+Greedy channels: keep R channels S of k' and let every query head's map be free. The
+best linear guess of k' from k'_S is G k'_S with G = Ck[:, S] Ck[S, S]^-1 whatever Cq
+is, so B picks S, A = G^T, and the mean square error is tr(Cq E) with the residual
+    E = Ck - Ck[:, S] Ck[S, S]^-1 Ck[S, :].
+Channels are taken one after another, each the one that lowers it most given those
+already taken: adding c lowers it by E[:, c]^T Cq E[:, c] / E[c, c] (column subset
+selection; orthogonal matching pursuit on the bilinear form).
 """
 
 from dataclasses import dataclass
@@ -34,10 +42,11 @@ import torch
 
 from .errors import UserError
 
-METHODS = ("projection", "channels", "channels-q", "channels-k")
+METHODS = ("projection", "channels", "channels-q", "channels-k", "greedy")
 # Added to both moments, relative to their mean eigenvalue. Held-out mass is the same to 0.0002 for any ridge
 # from 0 to 0.1 (bench/results/labels.json); this one keeps moments of fewer tokens than D factorisable.
 RIDGE = 1e-3
+MOMENTS = ("query", "key", "key_sum", "products", "query_size", "key_size")  # the sums of LayerMoments
 
 
 @dataclass
@@ -78,20 +87,17 @@ class LayerMoments:
         return flat.T @ flat, keys.T @ keys, keys.sum(0), products, size.sum(0), keys.abs().sum(0)
 
     def add(self, other: "LayerMoments") -> None:
-        self.query += other.query
-        self.key += other.key
-        self.key_sum += other.key_sum
-        self.products += other.products
-        self.query_size += other.query_size
-        self.key_size += other.key_size
+        for name in MOMENTS:
+            getattr(self, name).add_(getattr(other, name))
         self.tokens += other.tokens
 
     def maps(self, channels: int, method: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """query_map [Hq, R, D], key_map [Hkv, R, D], key_mean [Hkv, D], float32."""
-        if method == "projection":
+        if method in ("projection", "greedy"):
             mean = self.key_sum / self.tokens
             query_moment = self.query / (self.tokens * self.group)
-            query_map, key_map = label_maps(query_moment, self.key / self.tokens, mean, channels, self.group)
+            make = label_maps if method == "projection" else greedy_maps
+            query_map, key_map = make(query_moment, self.key / self.tokens, mean, channels, self.group)
             return query_map, key_map, mean.float()
         measure = {"channels": self.products, "channels-q": self.query_size, "channels-k": self.key_size}
         key_map = channel_map(measure[method], channels)
@@ -146,6 +152,38 @@ def label_maps(
     query_map = rotation @ (inverse.sqrt() * w)
     key_map = rotation @ (inverse**1.5 * (w @ cq))
     return query_map.float().repeat_interleave(group, 0), key_map.float()
+
+
+def greedy_maps(
+    query_moment: torch.Tensor,
+    key_moment: torch.Tensor,
+    key_mean: torch.Tensor,
+    channels: int,
+    group: int,
+    ridge: float = RIDGE,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Channels chosen greedily, with a least-squares query map; arguments and shapes as in label_maps."""
+    mean = key_mean.double()
+    centred = key_moment.double() - mean[:, :, None] * mean[:, None, :]
+    cq, ck = with_ridge(query_moment.double(), ridge), with_ridge(centred, ridge)
+    pairs = [greedy_head(cq[h], ck[h], channels) for h in range(len(ck))]
+    query_map, key_map = (torch.stack(parts).float() for parts in zip(*pairs, strict=True))
+    return query_map.repeat_interleave(group, 0), key_map
+
+
+def greedy_head(cq: torch.Tensor, ck: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One KV head's query map and key map [R, D] from its moments [D, D]."""
+    residual, chosen = ck.clone(), torch.zeros(len(ck), dtype=torch.bool, device=ck.device)
+    for _ in range(channels):
+        variance = residual.diagonal().clamp_min(1e-30)  # the ridge keeps those not taken above 0
+        gain = (residual * (cq @ residual)).sum(0) / variance  # [D]
+        best = int(gain.masked_fill(chosen, -1.0).argmax())
+        column = residual[:, best].clone()
+        residual -= column[:, None] * column / column[best]
+        chosen[best] = True
+    taken = chosen.nonzero()[:, 0]  # ascending
+    guess = torch.linalg.solve(ck[taken][:, taken], ck[taken])  # G^T: [R, D]
+    return guess, torch.nn.functional.one_hot(taken, len(ck)).double()
 
 
 def with_ridge(moment: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -9,7 +9,10 @@ import torch
 def capture(
     work: Callable[[], None], device: torch.device, stream: torch.cuda.Stream | None = None
 ) -> torch.cuda.CUDAGraph:
-    """A graph of what `work` launches, captured on `stream`; nothing runs. RuntimeError with the first cause if it cannot be."""
+    """A graph of what `work` launches, captured on `stream`; nothing runs.
+
+    RuntimeError with the first cause if it cannot be captured.
+    """
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     try:
         # torch.cuda.graph leaves its own stream current when it cannot end; the outer context does not.

@@ -17,6 +17,7 @@ from . import cli_options as opt
 from .cli_batch import batch, summarize
 from .cli_bench import bench
 from .cli_exits import clean_exit, quiet_libraries
+from .config import CALIBRATION_TOKENS
 
 DEPTHS = "0,0.14,0.28,0.42,0.57,0.71,0.85,1"  # eight keys, as many as one document holds
 
@@ -66,6 +67,7 @@ def generate(
     stats_file: Annotated[Path | None, typer.Option(help="Write the figures here as JSON.")] = None,
     ctx: opt.Ctx = None,
     budget: opt.Budget = None,
+    budget_mass: opt.BudgetMass = None,
     prefetch: opt.Prefetch = None,
     label_channels: opt.LabelChannels = None,
     label_bits: opt.LabelBits = None,
@@ -127,6 +129,7 @@ def chat(
         int | None, typer.Option(help="Most tokens of the conversation. [default: document + 8192]")
     ] = None,
     budget: opt.Budget = None,
+    budget_mass: opt.BudgetMass = None,
     prefetch: opt.Prefetch = None,
     label_channels: opt.LabelChannels = None,
     label_bits: opt.LabelBits = None,
@@ -165,24 +168,32 @@ def chat(
 
 @app.command()
 def calibrate(
-    text_files: Annotated[list[Path], typer.Argument(help="UTF-8 texts like those the model will read.")],
+    text_files: Annotated[
+        list[Path] | None, typer.Argument(help="UTF-8 texts like those the model will read.")
+    ] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="The same, as an option; may be repeated.")] = None,
     model: opt.Model = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File to write. [default: beside the model]")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="projection; channels, -q or -k: as in the paper.")
+        str, typer.Option(help="projection; greedy; channels, -q or -k: as in the paper.")
     ] = "projection",
     channels: Annotated[int, typer.Option(help="Label channels R.")] = 32,
-    tokens: Annotated[int, typer.Option(help="Tokens of text to read.")] = 32768,
+    tokens: Annotated[int, typer.Option(help="Tokens of text to read.")] = CALIBRATION_TOKENS,
     seed: Annotated[int, typer.Option(help="Chooses the passages.")] = 0,
+    channels_from: Annotated[
+        Path | None,
+        typer.Option(help="Take the channels from a JSON file of the Double Sparsity repository (config/)."),
+    ] = None,
     device: opt.Device = "auto",
 ) -> None:
-    """Find label maps for a model on your own text and write a calibration file."""
+    """Find label maps for a model on your own text and write a calibration file; a stopped run goes on."""
     with clean_exit():
         from .cli_calibrate import run_calibrate
 
-        run_calibrate(opt.model_or_embedded(model), text_files, method, channels, out, tokens, seed, device)
+        texts, name = [*(text_files or []), *(text or [])], opt.model_or_embedded(model)
+        run_calibrate(name, texts, method, channels, out, tokens, seed, device, channels_from)
 
 
 @app.command()
@@ -191,6 +202,7 @@ def plan(
     ctx: opt.Ctx = None,
     batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
     budget: opt.Budget = None,
+    budget_mass: opt.BudgetMass = None,
     label_channels: opt.LabelChannels = None,
     label_bits: opt.LabelBits = None,
     sinks: opt.Sinks = None,
@@ -250,6 +262,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Chooses the key and its number.")] = 0,
     prose_file: Annotated[Path | None, typer.Option(help="Hide the key in this text instead.")] = None,
     budget: opt.Budget = None,
+    budget_mass: opt.BudgetMass = None,
     prefetch: opt.Prefetch = None,
     new_rows: opt.NewRows = None,
     device: opt.Device = "auto",

@@ -10,7 +10,8 @@ from .cli_generate import check_file
 from .cli_progress import Working, quiet_unless_terminal
 from .engine import choose_device
 from .errors import UserError
-from .model_check import check_config, check_label_channels, load_config
+from .loading import read_config
+from .model_check import check_config, check_label_channels
 
 
 def run_calibrate(
@@ -22,18 +23,24 @@ def run_calibrate(
     tokens: int,
     seed: int,
     device: str,
+    channels_from: Path | None = None,
 ) -> None:
     """Check everything, then calibrate; the file is written whole or not at all."""
     for file in text_files:
         check_file(str(file), "text file")
+    if channels_from is not None:
+        check_file(str(channels_from), "--channels-from")
+        method = "channels" if method == "projection" else method  # the default is not in such a file
     if out is not None and (out.is_dir() or not os.access(out.parent, os.W_OK)):
         raise UserError(f"--out {out} cannot be written: no writable folder {out.parent}")
     if channels < 1 or tokens < 1:
         raise UserError("--channels and --tokens must be at least 1")
     place = choose_device(device)
-    check_label_channels(channels, check_config(load_config(model)))
+    check_label_channels(channels, check_config(read_config(model)))
     console = Console(stderr=True)
     quiet_unless_terminal()
     with Working(console, "calibrating") as bar:
-        written = calibrate(model, text_files, method, channels, out, tokens, seed, str(place), bar.update)
+        written = calibrate(
+            model, text_files, method, channels, out, tokens, seed, str(place), bar.update, channels_from
+        )
     console.print(f"wrote {written}", style="dim", highlight=False, soft_wrap=True)

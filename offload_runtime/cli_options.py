@@ -16,6 +16,12 @@ Budget = Annotated[
     str | None,
     typer.Option(help="Tokens attended to per KV head: a count, or a part of the context. [default: 1/16]"),
 ]
+BudgetMass = Annotated[
+    float | None,
+    typer.Option(
+        help="Select in every layer only what holds this share of the attention mass, --budget at most."
+    ),
+]
 Prefetch = Annotated[str | None, typer.Option(help="correct, predict or off. [default: correct]")]
 LabelChannels = Annotated[int | None, typer.Option(help="Label numbers kept of a key. [default: 32]")]
 LabelBits = Annotated[int | None, typer.Option(help="Bits of a label number: 16, 8 or 4. [default: 4]")]
@@ -72,6 +78,7 @@ GgufFile = Annotated[str | None, typer.Option(help="A GGUF file in the model's d
 SETTINGS = (
     "ctx",
     "budget",
+    "budget_mass",
     "prefetch",
     "label_channels",
     "label_bits",

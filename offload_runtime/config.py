@@ -11,6 +11,9 @@ PLACEMENTS = ("host", "gpu", "auto")
 LABEL_BITS = (16, 8, 4)
 LABEL_WIDTHS = (16, 32, 64, 128)  # label channels the kernels are built for; R is padded to one of them
 DEFAULT_LABEL_CHANNELS = 32  # projected to 32 at 4 bits: the best found at 20 bytes a key (NOTES.md, labels)
+# Tokens a calibration reads. Measured: 8,192 find the mass that 16,384 find; four times that, because a text
+# of many kinds costs seconds and nobody has to know (the CLI's and the function's one default).
+CALIBRATION_TOKENS = 32768
 CAPACITY_STEP = 1024  # tokens; caches grow in steps of an eighth of their size, at least this
 
 
@@ -21,6 +24,8 @@ class RuntimeConfig:
     ctx: most tokens of a sequence, prompt plus new ones.
     budget: tokens selected per KV head besides sinks and recent ones, as a
         fraction of the sequence ("1/16", 0.0625) or as a count (2048).
+    budget_mass: select in every layer only as many tokens as hold this share of the
+        attention mass by the calibration's measurements, `budget` at most; None: `budget`.
     prefetch: "correct" (prediction only moves rows early), "predict" (attention
         uses the predicted selection, the paper's DS-Offload) or "off".
     label_channels, label_bits: R numbers of every key, at 16, 8 or 4 bits; R defaults
@@ -55,6 +60,7 @@ class RuntimeConfig:
     fit: bool = False
     gpu_memory: float | None = None
     audit_every: int | None = None
+    budget_mass: float | None = None
 
     def __post_init__(self) -> None:
         if self.prefetch not in PREFETCH_MODES:
@@ -67,6 +73,10 @@ class RuntimeConfig:
             raise UserError("recent must be at least 1 (the current token) and sinks at least 0")
         if self.label_channels is not None and not 1 <= self.label_channels <= LABEL_WIDTHS[-1]:
             raise UserError(f"label_channels is {self.label_channels}; choose 1 to {LABEL_WIDTHS[-1]}")
+        if self.budget_mass is not None and not 0 < self.budget_mass < 1:
+            raise UserError(
+                f"budget_mass is {self.budget_mass}; give a share above 0 and below 1, such as 0.98"
+            )
         for name in ("ctx", "slots", "new_rows", "chunk_tokens", "audit_every"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -318,3 +318,8 @@ def check_calibration(calibration: Calibration | None, config: RuntimeConfig, mo
             f"label_channels is {config.label_channels} but the calibration has {channels}; "
             "leave it out or run `ds-offload calibrate` again"
         )
+    if config.budget_mass is not None and calibration.mass_curve is None:
+        raise UserError(
+            "budget_mass needs a calibration that measured what budgets hold and this one did not; "
+            "run `ds-offload calibrate` again, on a text of 256 tokens or more"
+        )

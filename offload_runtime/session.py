@@ -23,6 +23,8 @@ from .prefill_backend import PrefillBackend
 
 log = logging.getLogger(__name__)
 
+LEAST_ADAPTIVE = 64  # tokens: more than the sentence that a pass key or a line stands in
+
 
 class Session:
     """Caches for `batch` sequences of up to `capacity` tokens each; reusable after clear().
@@ -48,7 +50,7 @@ class Session:
             return torch.zeros(count, dtype=torch.int32, device=device)
 
         active = torch.ones(batch, dtype=torch.int32, device=device)
-        self.state = BatchState(integers(batch), integers(batch), integers(batch), integers(1), active)
+        self.state = BatchState(integers(batch), integers(batch), integers(1), active)
         self.allocator = ThreadPoolExecutor(1, thread_name_prefix="pinned-rows")
         self.caches = [self._make_cache(window) for window in biting(adapter.windows, capacity)]
         self.offloaded = {i: cache for i, cache in enumerate(self.caches) if isinstance(cache, LayerCache)}
@@ -117,8 +119,7 @@ class Session:
         self.state.step.zero_()
         if self.audit is not None:
             self.audit.clear()
-        budgets = [self.config.budget_tokens(len(prompt) + new_tokens) for prompt in prompts]
-        self.state.budgets.copy_(torch.tensor(budgets, dtype=torch.int32))
+        self._set_budgets([len(prompt) + new_tokens for prompt in prompts])
         work = sum(len(prompt) - k for prompt, k in zip(prompts, kept, strict=True)) * len(self.caches)
         finished, logits = 0, []
         self.pinned_wait_s = 0.0
@@ -150,10 +151,11 @@ class Session:
 
     def clear_place(self, place: int) -> None:
         """Empty one sequence's place: steps pass over it, and what it held is forgotten."""
-        for tensor in (self.state.lengths, self.state.budgets, self.state.active):
+        for tensor in (self.state.lengths, self.state.active):
             tensor[place].zero_()
         self.cached_ids[place] = self.cached_ids[place][:0]
         for cache in self.offloaded.values():
+            cache.budgets[place].zero_()
             cache.clear_place(place)
 
     def prefill_place(self, place: int, prompt: torch.Tensor, on_progress: Progress) -> torch.Tensor:
@@ -176,7 +178,9 @@ class Session:
 
     def fill_place(self, place: int, length: int, new_tokens: int) -> None:
         """Let steps go on with a place whose prompt of `length` tokens is prefilled."""
-        self.state.budgets[place].fill_(self.config.budget_tokens(length + new_tokens))
+        budgets = layer_budgets(self.config, self.calibration, len(self.caches), length + new_tokens)
+        for index, cache in self.offloaded.items():
+            cache.budgets[place].fill_(budgets[index])
         self.state.lengths[place].fill_(length)
         self.state.active[place].fill_(1)
 
@@ -190,6 +194,12 @@ class Session:
         self.decoder.forget_graph()
         for cache in self.offloaded.values():
             cache.resident.release()
+
+    def _set_budgets(self, tokens: Sequence[int]) -> None:
+        """Give every offloaded layer the K of each sequence, from the tokens it will have."""
+        by_sequence = [layer_budgets(self.config, self.calibration, len(self.caches), n) for n in tokens]
+        for index, cache in self.offloaded.items():
+            cache.budgets.copy_(torch.tensor([budgets[index] for budgets in by_sequence], dtype=torch.int32))
 
     def _keep(self, prompts: Sequence[torch.Tensor], new_tokens: int) -> list[int]:
         """Leading tokens of each prompt that stay cached; forgets all others."""
@@ -244,6 +254,19 @@ class Session:
             return
         for index, ids in enumerate(cached_ids):
             mine.load(index, theirs.host.rows[index, :, : len(ids)])
+
+
+def layer_budgets(config: RuntimeConfig, calibration: Calibration, layers: int, tokens: int) -> list[int]:
+    """K of every layer for so many tokens: config.budget, or less where less holds budget_mass.
+
+    LEAST_ADAPTIVE at least: a mean over text does not show what a layer looks up once in
+    a document. Without a measured curve (a prompt of fewer than 256 tokens calibrates
+    itself) config.budget is K.
+    """
+    cap, curve = config.budget_tokens(tokens), calibration.mass_curve
+    if config.budget_mass is None or curve is None:
+        return [cap] * layers
+    return [min(cap, max(LEAST_ADAPTIVE, need)) for need in curve.budgets(config.budget_mass, tokens)]
 
 
 def predicted_layers(

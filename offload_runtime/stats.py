@@ -19,14 +19,14 @@ def layer_stats(
 ) -> dict[str, Any]:
     """Row counts of one layer since its caches were cleared; of one sequence if `place` names it.
 
-    selected: rows attended to besides sinks and recent ones; hits: those that
+    budgets: K of each sequence; selected: rows attended to besides sinks and recent ones; hits: those that
     were on the GPU when attention wanted them; misses: those fetched then and
     there; prefetched: rows fetched on a prediction; recall: the part of the true
     selection that this step's prediction had selected too (None without one).
     A sliding layer selects and moves nothing.
     """
     if isinstance(cache, WindowCache):
-        moved = dict.fromkeys(("selected", "hits", "misses", "prefetched", "bytes"), 0)
+        moved: dict[str, Any] = dict.fromkeys(("selected", "hits", "misses", "prefetched", "bytes"), 0)
         return {**moved, "recall": None, "window": cache.window}
     counters = (cache.counters.sum(0) if place is None else cache.counters[place]).tolist()
     phase = counters[PREDICTED] if attends_predicted else counters[TRUE]
@@ -34,6 +34,7 @@ def layer_stats(
     missed = counters[TRUE][SELECTED] - counters[TRUE][HITS]
     has_prediction = counters[PREDICTED][SELECTED] > 0 and not attends_predicted
     return {
+        "budgets": cache.budgets.tolist(),
         "selected": phase[SELECTED],
         "hits": phase[HITS],
         "misses": missed,
@@ -49,14 +50,19 @@ def collect(
     attend_predicted: bool,
     place: int | None = None,
 ) -> dict[str, Any]:
-    """The layers' counts and their sums: hit_rate, prefetch_recall, gather_gb; of one sequence or of all."""
+    """The layers' counts and their sums: hit_rate, prefetch_recall, gather_gb; of one sequence or of all.
+
+    budget_tokens: mean K over offloaded layers and sequences, which adaptive budgets lower.
+    """
     layers = [
         layer_stats(cache, attend_predicted and index in predicted, place)
         for index, cache in enumerate(caches)
     ]
     selected = sum(layer["selected"] for layer in layers)
     recalls = [layer["recall"] for layer in layers if layer["recall"] is not None]
+    budgets = [k for layer in layers for k in layer.get("budgets", ())]
     return {
+        "budget_tokens": sum(budgets) / len(budgets) if budgets else None,
         "hit_rate": sum(layer["hits"] for layer in layers) / selected if selected else None,
         "prefetch_recall": sum(recalls) / len(recalls) if recalls else None,
         "gather_gb": sum(layer["bytes"] for layer in layers) / GB,

@@ -288,7 +288,7 @@ def test_command_errors_name_what_is_wrong(model_directory, text_file, tmp_path)
     fails("choose one of", method="magic")
     fails("say where", model="some-org/some-model")
     fails("in a directory that exists", out=tmp_path / "nowhere" / "file")
-    fails("load model", model=tmp_path, out=tmp_path / "file")
+    fails("no config.json", model=tmp_path, out=tmp_path / "file")
     gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_embd=16, n_head=2, n_layer=1, vocab_size=50))
     with pytest.raises(UserError, match=r"(?i)gpt2.* is not supported"):
         ModelAdapter(gpt2)

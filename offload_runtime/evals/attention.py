@@ -109,13 +109,18 @@ def watched_layers() -> Iterator[list[LayerWatch]]:
 
 
 def measure(
-    model: OffloadedModel, group: Group, cases: Sequence[Case]
+    model: OffloadedModel, group: Group, cases: Sequence[Case], resume: bool = False
 ) -> Iterator[tuple[Case, dict[str, Any]]]:
-    """Decode the case's true tokens and watch. The model must run without a CUDA graph."""
+    """Decode the case's true tokens and watch. The model must run without a CUDA graph.
+
+    resume: the group's prefix is in the caches.
+    """
     for case in cases:
         with watched_layers() as watches:
             processor = ForcedTokens(case.ids)
-            model.generate(group.prefix[None], max_new_tokens=len(case.ids), **greedy(processor))
+            model.generate(
+                group.prefix[None], max_new_tokens=len(case.ids), resume=resume, **greedy(processor)
+            )
         moved = [layer for layer in model.stats["layers"] if "window" not in layer]
         layers = [
             {**watch.means(), "prefetch_recall": layer["recall"]}

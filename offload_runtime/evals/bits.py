@@ -44,12 +44,15 @@ def groups(tokens: Tokens, ctx: int, text: str, pieces: int, scored: int) -> lis
 
 
 def measure(
-    model: OffloadedModel, group: Group, cases: Sequence[Case]
+    model: OffloadedModel, group: Group, cases: Sequence[Case], resume: bool = False
 ) -> Iterator[tuple[Case, dict[str, Any]]]:
-    """nats: minus the log-probability of the counted tokens, summed; bytes: of their text."""
+    """nats: minus the log-probability of the counted tokens, summed; bytes: of their text.
+
+    resume: the group's prefix is in the caches.
+    """
     for case in cases:
         forced = ForcedTokens(case.ids)
-        model.generate(group.prefix[None], max_new_tokens=len(case.ids), **greedy(forced))
+        model.generate(group.prefix[None], max_new_tokens=len(case.ids), resume=resume, **greedy(forced))
         if len(forced.logprobs) < len(case.ids):
             raise RunError("the text holds the model's end token, which ends decoding; give a plain text")
         counted = case.ids[1:]

@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from ..calibrate_command import DEFAULT_TOKENS, calibrate_text, read_texts
+from ..calibrate_command import calibrate_text, read_texts
 from ..calibration import Calibration, config_hash
-from ..config import DEFAULT_LABEL_CHANNELS
+from ..config import CALIBRATION_TOKENS, DEFAULT_LABEL_CHANNELS
 from ..engine import OffloadedModel, choose_device
 from ..errors import RunError, UserError
-from ..loading import load_tokenizer
+from ..loading import load_tokenizer, read_config
 from ..memory import measure
-from ..model_check import check_config, first_line, load_config
+from ..model_check import check_config, first_line
 from ..planner import make_plan, require
 from .grid import Setting
 
@@ -30,7 +30,7 @@ class EvalModel:
         self.name_or_path, self.device, self.dtype, self.seed = name_or_path, device, dtype, seed
         self.calibrate_on, self.out = calibrate_on, out
         self.name = Path(name_or_path).name
-        self.config = load_config(name_or_path)
+        self.config = read_config(name_or_path)
         self.shape = check_config(self.config)
         self.hash = config_hash(self.config)
         self.tokenizer = load_tokenizer(name_or_path)
@@ -78,7 +78,7 @@ class EvalModel:
             text = read_texts(self.calibrate_on)
             calibrate_text(
                 self.base().adapter, self.tokenizer, text, self.name, "projection", channels,
-                DEFAULT_TOKENS, self.seed, None,
+                CALIBRATION_TOKENS, self.seed, None,
             ).save(file)  # fmt: skip
         return Calibration.load(file)
 
