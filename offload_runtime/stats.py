@@ -34,7 +34,7 @@ def layer_stats(
     missed = counters[TRUE][SELECTED] - counters[TRUE][HITS]
     has_prediction = counters[PREDICTED][SELECTED] > 0 and not attends_predicted
     return {
-        "budgets": cache.budgets.tolist(),
+        "budgets": (cache.budgets if place is None else cache.budgets[place, None]).tolist(),
         "selected": phase[SELECTED],
         "hits": phase[HITS],
         "misses": missed,

@@ -54,6 +54,7 @@ class Prefetcher:
         self.inputs: list[torch.Tensor | None] = [None, None]
         self.on_gpu = device.type == "cuda"
         self.ready, self.chosen, self.done, self.fetched = (events(caches, self.on_gpu) for _ in range(4))
+        self.capture_stream: torch.cuda.Stream | None = None
         if self.on_gpu:
             # A graph's kernels keep the priority of the streams they were captured on: a step that runs
             # beside a prefill gets the next free SM, not the one after all of the prefill's blocks.
