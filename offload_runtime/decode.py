@@ -49,6 +49,8 @@ class DecodeLoop:
     def step(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Append token_ids [B] and return the next token's logits [B, V] (reused by the next step)."""
         self.token_ids.copy_(token_ids[:, None])
+        if self.graph is None:
+            self._make_slots()
         if self.audit is not None and self.audit.due():
             with self.audit.watching():
                 return self._forward()
@@ -67,10 +69,13 @@ class DecodeLoop:
         """The next step is captured anew: tensors that the graph used are gone."""
         self.graph = self.logits = None
 
-    def _capture(self) -> None:
+    def _make_slots(self) -> None:
+        """Before the step: within it, another stream would make them from memory that this one takes back."""
         for cache in self.caches:
             if isinstance(cache, LayerCache):
-                cache.make_slots()  # here, or replays would make them again
+                cache.make_slots()
+
+    def _capture(self) -> None:
         try:
             with self._experts():
                 self.graph = capture(self._record, self.adapter.device, self.prefetcher.capture_stream)

@@ -8,6 +8,7 @@ import torch
 from offload_runtime.cache.host_rows import HostRows
 from offload_runtime.config import RuntimeConfig
 from offload_runtime.errors import UserError
+from offload_runtime.prefetch.scheduler import Prefetcher
 
 from .models import logits_of, offloaded, random_ids, random_llama
 
@@ -110,3 +111,20 @@ def test_a_long_prefill_takes_the_slots_memory(monkeypatch, device, length):
     other.generate(ids[2], max_new_tokens=6, do_sample=False)
     _, want = logits_of(other.generate, question, 6, resume=True)
     assert torch.equal(got, want)
+
+
+def test_slots_are_made_before_the_step_that_uses_them(monkeypatch, device):
+    """Made within it, on a prediction's stream, they would be filled from memory given back already."""
+    monkeypatch.setattr("offload_runtime.session.KEEP_SLOTS_TOKENS", 0)
+    plain, seen = Prefetcher.before_layer, []
+
+    def before_layer(self, index, hidden, arguments):
+        seen.append(all(cache.resident._slots is not None for cache in self.caches.values()))
+        plain(self, index, hidden, arguments)
+
+    monkeypatch.setattr(Prefetcher, "before_layer", before_layer)
+    runtime = offloaded(random_llama(device=device, layers=3), budget=12)
+    for seed in (0, 1):  # the second frees the slots that the first's steps used
+        logits_of(runtime.generate, random_ids(200, seed=seed, device=device), 4)
+    assert seen
+    assert all(seen)
