@@ -1,11 +1,13 @@
 """The main job at full length: a pass key hidden in 262,144 tokens of prose, and the Llama-3.1-8B shape.
 
     python -m bench.main_job passkey --text moby_dick.txt --out bench/results/main_job_passkey.json
+    python -m bench.main_job bits --text moby_dick.txt --out bench/results/main_job_bits.json
     python -m bench.main_job shape --out bench/results/main_job_llama8b.json
 
 `passkey` runs the embedded model with budgets 1/16 and 2,048 in every prefetch
-mode; `shape` runs random weights of the Llama-3.1-8B shape, which says nothing
-about answers and everything about memory and time.
+mode; `bits` compares the logits of `correct` and `off` bit for bit; `shape` runs
+random weights of the Llama-3.1-8B shape, which says nothing about answers and
+everything about memory and time.
 """
 
 import argparse
@@ -53,6 +55,28 @@ def passkey(ctx: int, text_file: str | None, depth: float, new_tokens: int) -> I
             yield line
 
 
+def bits(ctx: int, text_file: str | None, depth: float, new_tokens: int) -> Iterator[dict[str, Any]]:
+    """`off` twice and `correct`, each with a prefill of its own: where their logits first differ in a bit."""
+    text = None if text_file is None else Path(text_file).read_text(encoding="utf-8")
+    document = build_document(ctx - new_tokens - 64, depth, 0, text, lambda part: len(part.encode()))
+    for budget in ("1/16", 2048):
+        expected: list[torch.Tensor] = []
+        for mode in ("off", "off", "correct"):
+            with OffloadedModel.from_pretrained(EMBEDDED, ctx=ctx, budget=budget, prefetch=mode) as om:
+                ids = om.tokenizer(document.text, return_tensors="pt").input_ids.to(om.model.device)
+                out = om.generate(
+                    ids, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None,
+                    return_dict_in_generate=True, output_logits=True,
+                )  # fmt: skip
+                logits = [step.cpu() for step in out.logits]
+                expected = expected or logits
+                same = [torch.equal(a, b) for a, b in zip(logits, expected, strict=True)]
+                line: dict[str, Any] = {"budget": budget, "prefetch": mode, "tokens": ids.shape[1]}
+                # Step 0 is what the prefill gave.
+                line["first_different_step"] = None if all(same) else same.index(False)
+            yield line | {"prefill": om.stats["prefill"], "new_tokens": new_tokens}
+
+
 def shape(ctx: int, new_tokens: int, modes: list[str]) -> Iterator[dict[str, Any]]:
     """The Llama-3.1-8B shape with random weights: one line a budget and mode."""
     torch.manual_seed(0)
@@ -72,7 +96,7 @@ def shape(ctx: int, new_tokens: int, modes: list[str]) -> Iterator[dict[str, Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("job", choices=("passkey", "shape"))
+    parser.add_argument("job", choices=("passkey", "bits", "shape"))
     parser.add_argument("--ctx", type=int, default=262144)
     parser.add_argument("--text", help="a long text file for the haystack")
     parser.add_argument("--depth", type=float, default=0.4)
@@ -81,8 +105,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     report: dict[str, Any] = {"job": options.job, "ctx": options.ctx, "machine": machine(), "results": []}
-    if options.job == "passkey":
-        lines = passkey(options.ctx, options.text, options.depth, options.new_tokens)
+    if options.job in ("passkey", "bits"):
+        job = passkey if options.job == "passkey" else bits
+        lines = job(options.ctx, options.text, options.depth, options.new_tokens)
     else:
         lines = shape(options.ctx, options.new_tokens, options.modes)
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -20,8 +20,10 @@ class Rates:
 
     origin: str = "one H100 80GB, PCIe 5 x16, measured there, not here"
     weight_bytes_s: float = 15.0e9 / 6.03e-3  # the GEMVs of an 8B model, 15 GB in 6.03 ms
-    plain_layer_s: float = (7.95e-3 - 6.03e-3) / 32  # norms, RoPE, activations of 32 layers in a CUDA graph
-    layer_s: float = (6.51e-3 - 6.03e-3) / 32  # the same with fused norms and RoPE
+    # What a layer does besides: norms, RoPE, activations, caches, gaps. From whole steps at 32,768 and
+    # 131,072 tokens (bench/results/prefill_llama8b.json) less everything that is counted apart.
+    plain_layer_s: float = 85e-6  # dense decode with transformers' own ops
+    layer_s: float = 60e-6  # ours, norms and RoPE fused
     # Label scores and top-k of one layer: 50 us at 262,144 tokens; how much grows with tokens is a guess.
     select_base_s: float = 15e-6
     select_token_s: float = 35e-6 / 262144
@@ -31,8 +33,10 @@ class Rates:
     # 33 GB/s at 1/128, 44 at 1/16.
     sparse_gather: float = 33 / 50
     dense_gather: float = 44 / 50
-    matmul_flop_s: float = 700e12  # 8B prefill of 262,144 tokens: 4.2e15 flop in 6 s
-    attention_flop_s: float = 620e12  # cuDNN: 665e12 over a whole prompt, less in chunks (an estimate)
+    # Of an 8B prefill of 262,144 tokens (the same file, its profile of 4 layers): 4.2e15 flop of matmuls
+    # in 5.0 s and 3.1 s of all other kernels but attention; 1.8e16 flop of attention in 30.2 s.
+    matmul_flop_s: float = 4.2e15 / 8.1
+    attention_flop_s: float = 1.8e16 / 30.2
 
     def select_s(self, tokens: int) -> float:
         return self.select_base_s + tokens * self.select_token_s

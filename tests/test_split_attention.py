@@ -178,6 +178,29 @@ def test_flash_when_the_chosen_one_fails(monkeypatch, caplog):
     assert backend.attend(query, rows, SCALE) == "flash"
 
 
+def test_one_trial_decides_for_all_sessions_of_a_process(monkeypatch):
+    """Or two sessions could prefill on different attentions, and differ in their bits."""
+    results = iter([{"flash": 2.0, "cudnn": 1.0}, {"flash": 1.0, "cudnn": 2.0}])
+    monkeypatch.setattr(prefill_backend, "try_all", lambda *_: next(results))
+    prefill_backend.trials.cache_clear()
+    rows = torch.zeros(2, 64, 32)
+    first = dict(prefill_backend.trial_of_process(rows, 4, 16))
+    assert prefill_backend.trial_of_process(rows, 4, 16) == first
+    assert prefill_backend.fastest(first) == "cudnn"
+    assert not rows.any()
+    assert prefill_backend.trial_of_process(rows, 8, 16) != first  # another shape
+    prefill_backend.trials.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("trial", "chosen"),
+    [({}, "flash"), ({"flash": 1.0, "cudnn": 0.95}, "flash"), ({"flash": 1.0, "cudnn": 0.6}, "cudnn"),
+     ({"flash": 1.0, "cudnn": "no plan"}, "flash")],
+)  # fmt: skip
+def test_another_attention_must_be_clearly_faster(trial, chosen):
+    assert prefill_backend.fastest(trial) == chosen
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 8, 128), (4, 4, 64), (8, 1, 128)])
 @pytest.mark.parametrize(("count", "prefix"), [(1027, 0), (1024, 1), (1031, 517), (2048, 6144)])
