@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from offload_runtime import OffloadedModel
 from offload_runtime.calibration import Calibration
+from offload_runtime.demo import shipped_prose
+from offload_runtime.model_check import embedded_model
 from offload_runtime.prefetch.row_writer import RowWriter
 from offload_runtime.session import Session
 
@@ -11,6 +14,7 @@ from .models import logits_of, offloaded, random_ids, random_llama
 
 DELAY_CYCLES = 2_000_000  # about a millisecond a layer, many times what a layer of these models takes
 STEPS = 12
+LONG_TOKENS = 100_000
 
 
 def delayed(model, **settings):
@@ -41,6 +45,22 @@ def test_a_late_copy_stream_changes_no_bit(poisoned, cuda_graph, prefetch, new_r
     ids_late, late = logits_of(delayed(model, **settings).generate, ids, STEPS)
     assert torch.equal(ids_on_time, ids_late)
     assert torch.equal(on_time, late)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("budget", ["1/16", 2048])
+def test_a_long_prompt_gives_the_same_bits_every_time(budget):
+    """With the slots freed for the prefill and the kernels of long caches: `off` twice, then `correct`."""
+    text = (shipped_prose() * 2)[:LONG_TOKENS]
+    runs = []
+    for prefetch in ("off", "off", "correct"):
+        settings = {"ctx": LONG_TOKENS + 64, "budget": budget, "prefetch": prefetch}
+        with OffloadedModel.from_pretrained(embedded_model(), device="cuda", **settings) as runtime:
+            ids = runtime.tokenizer(text, return_tensors="pt").input_ids
+            runs.append(logits_of(runtime.generate, ids, STEPS, eos_token_id=None)[1].cpu())
+    assert torch.equal(runs[0][0], runs[1][0])  # the prefill's
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
 
 
 @pytest.mark.gpu
