@@ -27,6 +27,8 @@ class Rates:
     # Label scores and top-k of one layer: 50 us at 262,144 tokens; how much grows with tokens is a guess.
     select_base_s: float = 15e-6
     select_token_s: float = 35e-6 / 262144
+    # Sticky selection of 16,384 rows a head: its bit maps 25 us, slots for them 27, remembering them 5.
+    sticky_s: float = 57e-6
     hbm_bytes_s: float = 2.7e12  # dense flash decode: 1.07 GB a layer in 0.40 ms
     link_bytes_s: float = 50e9  # pinned copies
     # Row gathers out of 34 GB, as parts of what copies reach, by the part of all rows that is taken:
@@ -92,7 +94,8 @@ def predict(plan: Plan, weights: Weights, rates: Rates, traffic: Traffic) -> Tim
     if traffic.new_rows is not None:
         miss_rate = min(traffic.new_rows, plan.budget) / plan.budget
     missed_s = miss_rate * selected_bytes / rates.gather_bytes_s(plan.budget / tokens)
-    offload = offload_s(sparse, missed_s, selections, layout.layers, traffic)
+    sticky = layout.layers * rates.sticky_s if traffic.new_rows is not None else 0.0
+    offload = offload_s(sparse, missed_s, selections, sticky, layout.layers, traffic)
     fits = gpu_fits(plan, kv_bytes)
     best, why = best_of({"dense": dense, "sparse": sparse, "offload": offload}, fits)
     first = ttft(plan, weights, rates)
@@ -100,19 +103,22 @@ def predict(plan: Plan, weights: Weights, rates: Rates, traffic: Traffic) -> Tim
     return Times(first, dense, sparse, offload, *fitting, miss_rate, best, why)
 
 
-def offload_s(sparse: float, missed_s: float, selections: float, layers: int, traffic: Traffic) -> float:
+def offload_s(
+    sparse: float, missed_s: float, selections: float, sticky: float, layers: int, traffic: Traffic
+) -> float:
     """Seconds of an offloaded step. sparse: without transfers; missed_s: of the missed rows over the link;
-    selections: of one selection in every layer.
+    selections: of one selection in every layer; sticky: what a sticky one takes more.
 
     Layer i+1's rows travel while layer i computes; layer 0 has nobody to hide behind.
     """
     if traffic.prefetch == "off":
-        return sparse + missed_s
+        return sparse + sticky + missed_s
     layers = max(layers, 1)
     if traffic.prefetch == "predict":
-        return max(sparse, missed_s + selections) + missed_s / layers
+        return max(sparse, missed_s + selections + sticky) + missed_s / layers
     late = (1 - traffic.recall) * missed_s  # as much again was fetched in vain
-    return max(sparse + late, missed_s + late + 2 * selections) + missed_s / layers
+    link = missed_s + late + 2 * selections
+    return max(sparse + late, link) + 2 * sticky + missed_s / layers
 
 
 def gpu_fits(plan: Plan, kv_bytes: int) -> dict[str, bool | None]:

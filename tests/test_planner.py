@@ -1,5 +1,6 @@
 """The plan: byte counts against tensors that exist, and the searches for what fits."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -122,20 +123,24 @@ def test_predictions_order() -> None:
     assert by_mode[0] == pytest.approx(0.0488 * (1 + 1 / 32) + 32 * 50e-6, rel=0.01)
 
 
-# Measured on one H100 at 262,144 tokens, budget, mode: recall, rows moved as a part of the selection, ms
-# (bench/results/decode_llama8b_262144.json, main_job_llama8b.json, NOTES.md).
-MEASURED = [(2048, "correct", 0.63, 1.30, 15.8), (2048, "predict", 1.0, 0.96, 11.3)]
-MEASURED += [("1/16", "correct", 0.767, 1.03, 52.3)]
+RESULTS = Path(__file__).parent.parent / "bench" / "results" / "bench_llama8b_262144.json"
+MEASURED = [row for row in json.loads(RESULTS.read_text())["rows"] if row["what"] in ("dense", "ds-offload")]
 
 
-@pytest.mark.parametrize(("budget", "mode", "recall", "moved", "milliseconds"), MEASURED)
-def test_predicted_tpot_against_what_was_measured(budget, mode, recall, moved, milliseconds) -> None:
-    weights = count_weights(LLAMA_8B)
-    config = RuntimeConfig(budget=budget, prefetch=mode)
-    plan = make_plan(config, LLAMA_8B, PLENTY, "cuda", weights=weights)
-    times = predict(plan, weights, Rates(), Traffic(mode, None, moved / (2 - recall), recall))
-    assert 1e3 * times.offload_tpot == pytest.approx(milliseconds, rel=0.2)
-    assert 1e3 * times.dense_tpot == pytest.approx(19.3, rel=0.2)
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row['what']} {row['budget']} {row['prefetch']}")
+def test_predicted_tpot_against_what_was_measured(row) -> None:
+    """One H100, 8B shape, 262,144 tokens: within 20 %, given the rows that moved and what was predicted."""
+    weights, budget = count_weights(LLAMA_8B), row["budget"] or "1/16"
+    budget = budget if "/" in budget else int(budget)
+    plan = make_plan(RuntimeConfig(budget=budget), LLAMA_8B, PLENTY, "cuda", weights=weights)
+    recall = row["prediction_recall"] or 1.0
+    selected_gb = plan.layout.layers * plan.layout.heads * plan.budget * plan.layout.row_bytes / 1e9
+    moved = (row["moved_gb"] or 0.0) / selected_gb
+    missed = moved / (2 - recall) if row["prefetch"] == "correct" else moved
+    traffic = Traffic(row["prefetch"] or "off", row["new_rows"], missed, recall)
+    times = predict(plan, weights, Rates(), traffic)
+    predicted = times.dense_tpot if row["what"] == "dense" else times.offload_tpot
+    assert 1e3 * predicted == pytest.approx(row["tpot_ms"], rel=0.2)
 
 
 @pytest.mark.parametrize(
