@@ -20,7 +20,7 @@ import torch
 
 from .choosing import Chooser
 from .errors import UserError
-from .prefetch.lanes import Lanes
+from .prefetch.lanes import Fetched, Lanes
 from .session import Session
 from .stats import collect
 
@@ -52,6 +52,14 @@ class Running:
         if token in self.chooser.ends:
             return "stop"
         return "length" if len(self.tokens) == self.limit else None
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that has been launched: where its tokens [B] will be, and whose they are."""
+
+    tokens: Fetched
+    runs: dict[int, Running]
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,7 @@ class ContinuousBatch:
         self.lanes = Lanes(session.adapter.device)
         self.running: dict[int, Running] = {}
         self.finished: list[Finished] = []
+        self.pending: Step | None = None
         self.failure: Exception | None = None
         self.token_ids = torch.zeros(places, dtype=torch.long, device=session.adapter.device)
         session.clear()
@@ -139,7 +148,7 @@ class ContinuousBatch:
         self.lanes.follow_caller()
         with self.lanes.decoding():
             self.session.clear_place(place)
-        with self.lanes.prefilling():
+        with self.lanes.prefilling(self.overlap and bool(self.running)):
             logits = self.session.prefill_place(place, prompt, self._between_chunks(on_stage))
         self.lanes.mark()
         self._decode_until(0)
@@ -158,17 +167,25 @@ class ContinuousBatch:
         return progress
 
     def _decode_until(self, ahead: int) -> None:
-        """Decode the others until the GPU is no more than `ahead` chunks behind; on a CPU one step."""
+        """Decode the others until the GPU is no more than `ahead` chunks behind; on a CPU one step.
+
+        A step stays in flight on return: it runs while the next chunk is launched.
+        """
         if not self.lanes.on_gpu:
             if self.overlap and self.running and self.failure is None:
-                self._try_step()
+                self._try(self.step)
             return
-        while self.overlap and self.running and self.failure is None and self.lanes.ahead() > ahead:
-            self._try_step()
+        while self.overlap and self.running and self.failure is None:
+            if self.pending is None:
+                self._try(self._launch)
+            elif self.pending.tokens.here() or self.lanes.ahead() > ahead:
+                self._try(self._collect)
+            else:
+                return
 
-    def _try_step(self) -> None:
+    def _try(self, part: Callable[[], None]) -> None:
         try:
-            self.step()
+            part()
         except Exception as error:
             self.failure = error
 
@@ -194,11 +211,17 @@ class ContinuousBatch:
         run.ids = torch.cat([run.ids, token[:, None]], 1)
         return token
 
-    @torch.no_grad()
     def step(self) -> None:
         """Decode one token in every place that is filled; those that end leave for take_finished()."""
         if self.failure is not None:
             raise self.failure
+        if self.pending is None:
+            self._launch()
+        self._collect()
+
+    @torch.no_grad()
+    def _launch(self) -> None:
+        """Give the GPU a step of all that run now; nothing waits for it."""
         with self.lanes.decoding():
             logits = self.session.step(self.token_ids)  # [B, V]
             if all(run.ids is None for run in self.running.values()):
@@ -206,11 +229,19 @@ class ContinuousBatch:
             else:
                 for place, run in self.running.items():
                     self.token_ids[place] = self._choose(run, logits[place, None])[0]
-            tokens = self.token_ids.tolist()  # the only wait of a step, for the decode lane alone
-            for place, run in list(self.running.items()):
-                ended = run.add(tokens[place])
-                if ended:
-                    self._finish(place, ended)
+            self.pending = Step(Fetched(self.token_ids), dict(self.running))
+
+    def _collect(self) -> None:
+        """Wait for the launched step, the only wait of a step, and take its tokens."""
+        assert self.pending is not None
+        step, self.pending = self.pending, None
+        tokens = step.tokens.wait()
+        for place, run in step.runs.items():
+            if self.running.get(place) is not run:  # it left meanwhile
+                continue
+            ended = run.add(tokens[place])
+            if ended:
+                self._finish(place, ended)
 
     def _finish(self, place: int, reason: str) -> None:
         run, session = self.running[place], self.session

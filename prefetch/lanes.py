@@ -1,8 +1,8 @@
 """Two lanes of GPU work: decode steps, and the prefill of a newcomer that they run in the shadow of.
 
 A prefill is bound by arithmetic and a decode step by the link and by memory, so
-each leaves what the other needs. One thread launches both: a few chunks of the
-prefill ahead, then decode steps until the GPU has caught up.
+each leaves what the other needs. One thread launches both: a decode step, and while
+it runs a few chunks of the prefill ahead.
 """
 
 from collections import deque
@@ -11,17 +11,44 @@ from contextlib import contextmanager
 
 import torch
 
+from .green_stream import stream_beside
 from .scheduler import URGENT
+
+# SMs that no prefill takes while others decode.
+DECODE_SMS = 16
+
+
+class Fetched:
+    """A copy in host memory that may still be under way."""
+
+    def __init__(self, source: torch.Tensor) -> None:
+        on_gpu = source.is_cuda
+        self.host = torch.empty_like(source, device="cpu", pin_memory=on_gpu)
+        self.host.copy_(source, non_blocking=on_gpu)
+        self.event = torch.cuda.current_stream(source.device).record_event() if on_gpu else None
+
+    def here(self) -> bool:
+        """Whether it has arrived."""
+        return self.event is None or self.event.query()
+
+    def wait(self) -> list[int]:
+        """Its values, once they are here."""
+        if self.event is not None:
+            self.event.synchronize()
+        values: list[int] = self.host.tolist()
+        return values
 
 
 class Lanes:
-    """The two streams and the events between them; nothing of it exists on a CPU."""
+    """The streams of both and the events between them; nothing of it exists on a CPU."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, decode_sms: int = DECODE_SMS) -> None:
         self.on_gpu = device.type == "cuda"
         self.marks: deque[torch.cuda.Event] = deque()
         if self.on_gpu:
-            self.decode, self.prefill = torch.cuda.Stream(device, priority=URGENT), torch.cuda.Stream(device)
+            self.decode = torch.cuda.Stream(device, priority=URGENT)
+            self.prefill = self.alone = torch.cuda.Stream(device)
+            self.beside = (decode_sms and stream_beside(device, decode_sms)) or self.alone
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
@@ -33,21 +60,24 @@ class Lanes:
             yield
 
     @contextmanager
-    def prefilling(self) -> Iterator[None]:
-        """A newcomer's prefill, after the decode steps so far: they may have used the same rows."""
+    def prefilling(self, beside: bool) -> Iterator[None]:
+        """A newcomer's prefill, after the decode steps so far: they may have used the same rows.
+
+        beside: others decode meanwhile, so it leaves them SMs.
+        """
         if not self.on_gpu:
             yield
             return
         self.marks.clear()
+        self.prefill = self.beside if beside else self.alone
         self.prefill.wait_stream(self.decode)
         with torch.cuda.stream(self.prefill):
             yield
 
     def follow_caller(self) -> None:
-        """Order both lanes after what the caller's stream has been given."""
+        """Order the decode lane, and by it the other, after what the caller's stream has been given."""
         if self.on_gpu:
-            for stream in (self.decode, self.prefill):
-                stream.wait_stream(torch.cuda.current_stream())
+            self.decode.wait_stream(torch.cuda.current_stream())
 
     def mark(self) -> None:
         """Note that another chunk of the prefill has been launched."""
