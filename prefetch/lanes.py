@@ -14,8 +14,10 @@ import torch
 from .green_stream import stream_beside
 from .scheduler import URGENT
 
-# SMs that no prefill takes while others decode.
-DECODE_SMS = 16
+# SMs that no prefill takes while others decode. Measured, 8B shape, a 65,536-token prefill beside one
+# sequence's decoding: with 0 kept 84 steps in 4.2 s, with 8 kept 161 in 4.8 s; with 16 and 24 no more
+# steps and a slower prefill.
+DECODE_SMS = 8
 
 
 class Fetched:
