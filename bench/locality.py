@@ -13,11 +13,10 @@ import torch
 
 from offload_runtime.adapter import ModelAdapter
 from offload_runtime.cache.layer_cache import PREDICTED, TRUE, LayerCache
-from offload_runtime.calibration import Calibration
+from offload_runtime.calibration_file import own_calibration
 from offload_runtime.cli_options import model_or_embedded
 from offload_runtime.config import RuntimeConfig
 from offload_runtime.demo import shipped_prose
-from offload_runtime.engine import CALIBRATION_FILE
 from offload_runtime.errors import UserError
 from offload_runtime.loading import load_model, load_tokenizer
 from offload_runtime.session import Session, calibration_from_prompt
@@ -112,10 +111,8 @@ def measure_locality(
     if tokens - room < 4 * room:
         raise UserError(f"a text of {len(ids)} tokens is too short to measure locality on; give --text")
     config = RuntimeConfig(ctx=tokens, budget=max(shares), cuda_graph=False)
-    file = Path(name) / CALIBRATION_FILE
-    if file.is_file():
-        calibration = Calibration.load(file)
-    else:
+    calibration = own_calibration(name)
+    if calibration is None:
         calibration = calibration_from_prompt(adapter, config, ids[:tokens], tokens)
     session = Session(adapter, config, calibration, 1, tokens)
     session.prefill([ids[: tokens - room]], room)

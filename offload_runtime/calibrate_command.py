@@ -13,10 +13,11 @@ from .adapter import ModelAdapter
 from .calibration import Calibration, config_facts
 from .calibration_channels import published_maps
 from .calibration_collect import Collection, collect, make_blocks, make_calibration, provenance_of
+from .calibration_file import CALIBRATION_FILE
 from .calibration_maps import METHODS, check_request
 from .calibration_progress import Progress
 from .config import CALIBRATION_TOKENS, DEFAULT_LABEL_CHANNELS
-from .engine import CALIBRATION_FILE, choose_device
+from .devices import choose_device
 from .errors import UserError
 from .loading import load_model, load_tokenizer, read_config
 from .snapshot import weights_fingerprint

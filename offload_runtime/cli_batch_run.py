@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .architectures import has_length_rotary
+from .calibration_file import CALIBRATION_FILE
 from .cli_exits import RUN_ERROR, warn
 from .cli_generate import check_file
 from .cli_model import config_of, plan_of, weights_of
@@ -20,7 +21,7 @@ from .cli_model import load as load_offloaded
 from .cli_options import ModelSource
 from .cli_progress import quiet_unless_terminal
 from .config import RuntimeConfig, make_config
-from .engine import CALIBRATION_FILE, choose_device
+from .devices import choose_device
 from .errors import UserError
 from .jobs import Job, JobRun, LogLines, Summary, Watcher, load_template
 from .jobs.documents import FileSource

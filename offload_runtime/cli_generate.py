@@ -11,13 +11,14 @@ from rich.console import Console
 from transformers import TextStreamer
 
 from .calibration import Calibration
+from .calibration_file import with_choice
 from .cli_exits import warn
 from .cli_model import config_of, fitted_plan, load
 from .cli_options import ModelSource
 from .cli_progress import Working, quiet_unless_terminal
 from .cli_stats import check_stats_choice, figures, print_stats, write_json
 from .config import RuntimeConfig, make_config
-from .engine import OffloadedModel, choose_device, with_choice
+from .engine import OffloadedModel, choose_device
 from .errors import UserError
 from .fitting import shrunk
 from .loading import load_tokenizer

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from .calibration_file import with_choice
 from .cli_exits import warn
 from .cli_model import config_of, weights_of
 from .cli_options import ModelSource
 from .config import make_config
 from .console import table_console
 from .doctor_gpu import copy_rate, gather_rate
-from .engine import with_choice
 from .errors import UserError
 from .memory import FreeMemory, measure
 from .model_check import check_config, check_label_channels, position_warning

@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from .adapter import ModelAdapter
 from .arguments import pad_left, refuse_unsupported
 from .calibration import Calibration
+from .calibration_file import check_calibration, own_calibration, with_choice
 from .config import RuntimeConfig, make_config
 from .continuous import ContinuousBatch
 from .devices import choose_device, free_unused
@@ -27,7 +28,6 @@ from .snapshot import Snapshot, save
 from .stats import collect, memory
 from .weights import weight_bytes
 
-CALIBRATION_FILE = "calibration.safetensors"  # looked for in the model's directory
 LOAD_ROOM_TOKENS = 1024  # a question and its answer after a loaded document
 
 
@@ -99,10 +99,9 @@ class OffloadedModel:
             name_or_path, place, dtype=dtype, rope_scaling=rope_scaling, quantize=quantize,
             quantization_config=quantization_config, gguf_file=gguf_file, **source,
         )  # fmt: skip
-        file = Path(name_or_path) / CALIBRATION_FILE
         # A stretched model has other keys than the one that the file in its directory is for.
-        own = config.calibration is None and rope_scaling is None and file.is_file()
-        calibration = Calibration.load(file) if own else None
+        fits = config.calibration is None and rope_scaling is None
+        calibration = own_calibration(name_or_path) if fits else None
         try:
             tokenizer = load_tokenizer(name_or_path, gguf_file, **source)
         except UserError:
@@ -291,35 +290,3 @@ class OffloadedModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def with_choice(settings: dict[str, Any], name_or_path: str | Path) -> dict[str, Any]:
-    """The settings, with budget and label bits from the calibration file where the user gave none.
-
-    A calibration file holds them when they were chosen for a quality target.
-    """
-    file = Path(settings.get("calibration") or Path(name_or_path) / CALIBRATION_FILE)
-    if not file.is_file():
-        return settings  # whoever loads it says so
-    chosen: dict[str, Any] = dict(Calibration.load(file).provenance)
-    if "budget" not in chosen:
-        return settings
-    return {"budget": chosen["budget"], "label_bits": int(chosen["label_bits"]), **settings}
-
-
-def check_calibration(calibration: Calibration | None, config: RuntimeConfig, model: PreTrainedModel) -> None:
-    """UserError when the calibration is another model's or has another number of label channels."""
-    if calibration is None:
-        return
-    calibration.check(model.config)
-    channels = calibration.key_map.shape[2]
-    if config.label_channels not in (None, channels):
-        raise UserError(
-            f"label_channels is {config.label_channels} but the calibration has {channels}; "
-            "leave it out or run `ds-offload calibrate` again"
-        )
-    if config.budget_mass is not None and calibration.mass_curve is None:
-        raise UserError(
-            "budget_mass needs a calibration that measured what budgets hold and this one did not; "
-            "run `ds-offload calibrate` again, on a text of 256 tokens or more"
-        )

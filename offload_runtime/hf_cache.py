@@ -21,8 +21,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .adapter import ModelAdapter
 from .calibration import Calibration
+from .calibration_file import check_calibration
 from .config import RuntimeConfig
-from .engine import check_calibration
 from .errors import UserError
 from .generation import strip_padding
 from .session import Session, calibration_from_prompt

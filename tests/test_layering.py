@@ -22,6 +22,7 @@ TRANSFORMERS = {
     "loading.py",
     "calibrate_command.py",
     "calibration.py",
+    "calibration_file.py",  # a model's type
     "calibration_collect.py",
     "calibration_maps.py",
     "cli_generate.py",  # tokenizer and streamer

@@ -7,8 +7,8 @@ from typer.testing import CliRunner
 
 from offload_runtime import OffloadedModel
 from offload_runtime.calibration import Calibration
+from offload_runtime.calibration_file import with_choice
 from offload_runtime.cli import app
-from offload_runtime.engine import with_choice
 from offload_runtime.errors import RunError
 from offload_runtime.evals.grid import Setting
 from offload_runtime.evals.quality import choose

@@ -1,0 +1,50 @@
+"""The calibration file in a model's directory: where it is, what it chooses, whether it suits a run."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .calibration import Calibration
+from .config import RuntimeConfig
+from .errors import UserError
+
+CALIBRATION_FILE = "calibration.safetensors"  # looked for in the model's directory
+
+
+def own_calibration(name_or_path: str | Path) -> Calibration | None:
+    """What lies in the model's directory; None when nothing does, or for a hub name."""
+    file = Path(name_or_path) / CALIBRATION_FILE
+    return Calibration.load(file) if file.is_file() else None
+
+
+def with_choice(settings: dict[str, Any], name_or_path: str | Path) -> dict[str, Any]:
+    """The settings, with budget and label bits from the calibration file where the user gave none.
+
+    A calibration file holds them when they were chosen for a quality target.
+    """
+    file = Path(settings.get("calibration") or Path(name_or_path) / CALIBRATION_FILE)
+    if not file.is_file():
+        return settings  # whoever loads it says so
+    chosen: dict[str, Any] = dict(Calibration.load(file).provenance)
+    if "budget" not in chosen:
+        return settings
+    return {"budget": chosen["budget"], "label_bits": int(chosen["label_bits"]), **settings}
+
+
+def check_calibration(calibration: Calibration | None, config: RuntimeConfig, model: PreTrainedModel) -> None:
+    """UserError when the calibration is another model's or has another number of label channels."""
+    if calibration is None:
+        return
+    calibration.check(model.config)
+    channels = calibration.key_map.shape[2]
+    if config.label_channels not in (None, channels):
+        raise UserError(
+            f"label_channels is {config.label_channels} but the calibration has {channels}; "
+            "leave it out or run `ds-offload calibrate` again"
+        )
+    if config.budget_mass is not None and calibration.mass_curve is None:
+        raise UserError(
+            "budget_mass needs a calibration that measured what budgets hold and this one did not; "
+            "run `ds-offload calibrate` again, on a text of 256 tokens or more"
+        )
