@@ -89,24 +89,21 @@ def replay_us(graph: torch.cuda.CUDAGraph, calls: int) -> float:
     return round(statistics.median(timed_us(graph.replay) for _ in range(5)) / calls, 1)
 
 
-def kernels() -> dict[str, tuple[Callable[..., None], bool]]:
-    """The gathers by name, and whether each touches the region that comes next."""
-    found: dict[str, tuple[Callable[..., None], bool]] = {"triton": (gather_rows_triton, False)}
+def kernels() -> dict[str, Callable[..., None]]:
+    """The gathers by name."""
+    found: dict[str, Callable[..., None]] = {"triton": gather_rows_triton}
     if gather_bulk_available(torch.device("cuda"), ROW * 2):
         for ctas in (4, 8, 16):
-            found[f"bulk, {ctas} CTAs"] = (partial(gather_rows_bulk, num_ctas=ctas), False)
-        found["bulk, 8 CTAs of 32 KiB rings"] = (partial(gather_rows_bulk, ring_bytes=32 * 1024), False)
-        for stride in (2 << 20, 64 << 10):
-            touching = partial(gather_rows_bulk, touch_stride_bytes=stride)
-            found[f"bulk, touching the next region every {stride >> 10} KiB"] = (touching, True)
+            found[f"bulk, {ctas} CTAs"] = partial(gather_rows_bulk, num_ctas=ctas)
+        found["bulk, 8 CTAs of 32 KiB rings"] = partial(gather_rows_bulk, ring_bytes=32 * 1024)
     return found
 
 
 class Gathers:
-    """One gather kernel over regions of host rows; it touches the region that comes next if `touches`."""
+    """One gather kernel over regions of host rows."""
 
-    def __init__(self, host: list[torch.Tensor], kernel: Callable[..., None], touches: bool) -> None:
-        self.host, self.kernel, self.touches = host, kernel, touches
+    def __init__(self, host: list[torch.Tensor], kernel: Callable[..., None]) -> None:
+        self.host, self.kernel = host, kernel
         self.draws = [ascending(draw_tokens(ROWS)) for _ in host]
         places = torch.arange(ROWS, dtype=torch.int32, device="cuda")
         self.places = places.expand(1, HEADS, ROWS).contiguous()
@@ -115,10 +112,9 @@ class Gathers:
 
     def run(self, regions: list[int], rows_a_head: int = ROWS) -> None:
         """Gather from each of the regions, one after the other."""
-        for region, following in zip(regions, [*regions[1:], regions[0]], strict=True):
+        for region in regions:
             misses = (self.draws[region], self.places, self.counts[rows_a_head])
-            options = {"next_rows": self.host[following]} if self.touches else {}
-            self.kernel(self.host[region], *misses, self.slots, 0, **options)
+            self.kernel(self.host[region], *misses, self.slots, 0)
 
 
 def resolves() -> torch.cuda.CUDAGraph:
@@ -168,8 +164,8 @@ def measure(way: str, regions: int) -> dict[str, object]:
     every, one = list(range(regions)), [0] * REPEATS
     resolve_us: dict[str, float | None] = {"alone": replay_us(resolving, REPEATS)}
     gathers: dict[str, dict[str, float]] = {}
-    for name, (kernel, touches) in kernels().items():
-        work = Gathers(host, kernel, touches)
+    for name, kernel in kernels().items():
+        work = Gathers(host, kernel)
         cycling = captured(partial(work.run, every))
         us = replay_us(cycling, regions)
         one_region_us = replay_us(captured(partial(work.run, one)), REPEATS)
@@ -181,7 +177,7 @@ def measure(way: str, regions: int) -> dict[str, object]:
         }
         resolve_us[name] = beside_us(resolving, cycling, -(-COVERING_GATHERS // regions))
         print(json.dumps({name: gathers[name], "resolve_us": resolve_us[name]}), flush=True)
-    plain = Gathers(host, gather_rows_triton, False)
+    plain = Gathers(host, gather_rows_triton)
     by_region = [timed_us(partial(plain.run, [region])) for region in every]
     landing = torch.empty_like(host[0], device="cuda")
     copied = [timed_us(partial(landing.copy_, rows, non_blocking=True)) for rows in host]

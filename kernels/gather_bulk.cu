@@ -4,14 +4,12 @@
 // consecutive CTAs, so that host memory is walked forwards. In a CTA
 //   warp 0 (producer) asks the copy engine for each row of a group, into a ring of STAGES groups in
 //     shared memory; nothing waits for the link but the engine, so the whole ring is in flight;
-//   warp 1 (consumer) writes each group that has arrived to its slots and frees the stage;
-//   warp 2 (toucher) reads a word of every touch_stride bytes of another region, so that its address
-//     translations are cached when its gather comes. No work where touch_bytes is 0.
+//   warp 1 (consumer) writes each group that has arrived to its slots and frees the stage.
 //
 // Compile-time: ROW_BYTES (a multiple of 16), GROUP (rows, at most 32: a lane each), STAGES.
 // Dynamic shared memory: the ring, the barriers, the miss counts. No includes: nvrtc needs no header path.
 
-constexpr int THREADS = 96;
+constexpr int THREADS = 64;
 constexpr unsigned ALL = 0xffffffffu;
 constexpr int STAGE_BYTES = GROUP * ROW_BYTES;
 constexpr int VECTORS = ROW_BYTES / 16;  // 16-byte pieces of a row
@@ -64,12 +62,6 @@ __device__ void load_entry(int* target, const int* source) {
 
 __device__ void close_load() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ void wait_for_loads_before_the_last() { asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD) : "memory"); }
-
-__device__ unsigned read_word(const char* source) {
-    unsigned word;
-    asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(word) : "l"(source) : "memory");
-    return word;
-}
 // End of the PTX.
 
 __device__ void wait(Barrier* barrier, unsigned parity) {
@@ -163,16 +155,11 @@ __device__ void store_rows(const char* stage, char* slots, int rows, int slot, i
     }
 }
 
-__device__ void touch(const char* region, long long bytes, long long stride, int lane) {
-    long long step = (long long)gridDim.x * 32 * stride;
-    for (long long i = ((long long)blockIdx.x * 32 + lane) * stride; i < bytes; i += step) read_word(region + i);
-}
-
 // Strides in bytes; slots points at the first resident slot of the first head.
 extern "C" __global__ void __launch_bounds__(THREADS) gather_bulk(
     const char* host_rows, const int* miss_tokens, const int* miss_slots, const int* miss_counts, char* slots,
-    const char* touch_rows, long long host_b, long long host_h, long long slots_b, long long slots_h,
-    long long touch_bytes, long long touch_stride, int kv_heads, int heads, int budget) {
+    long long host_b, long long host_h, long long slots_b, long long slots_h, int kv_heads, int heads,
+    int budget) {
     extern __shared__ __align__(128) char ring[];  // [STAGES, GROUP, ROW_BYTES]
     Barrier* arrived = (Barrier*)(ring + STAGES * STAGE_BYTES);
     Barrier* freed = arrived + STAGES;
@@ -180,18 +167,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) gather_bulk(
     int* slot_entries = token_entries + SLOTS * 32;
     int* counts = slot_entries + SLOTS * 32;  // [heads]
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, misses = 0;
-    if (warp == 2) {
+    if (warp == 1) {
 #pragma unroll 1
         for (int i = lane; i < 2 * STAGES; i += 32) init_barrier(arrived + i);
         show_barriers_to_engine();
-    } else {
-#pragma unroll 1
-        for (int i = threadIdx.x; i < heads; i += 64) misses |= counts[i] = miss_counts[i];
     }
-    bool any = __syncthreads_or(misses);
-    if (warp == 2) {
-        touch(touch_rows, touch_bytes, touch_stride, lane);
-    } else if (any && warp == 0) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < heads; i += THREADS) misses |= counts[i] = miss_counts[i];
+    if (!__syncthreads_or(misses)) return;
+    if (warp == 0) {
         for_each_group(
             miss_tokens, counts, heads, budget, token_entries, lane, [&](int i, int head, int rows, int token) {
                 int stage = i % STAGES, lap = i / STAGES;
@@ -202,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gather_bulk(
                 char* target = ring + stage * STAGE_BYTES + lane * ROW_BYTES;
                 if (lane < rows) copy_row(target, source + (long long)token * ROW_BYTES, arrived + stage);
             });
-    } else if (any) {
+    } else {
         for_each_group(
             miss_slots, counts, heads, budget, slot_entries, lane, [&](int i, int head, int rows, int slot) {
                 int stage = i % STAGES, lap = i / STAGES;

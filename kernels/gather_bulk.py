@@ -15,12 +15,11 @@ import torch
 
 from .cuda_source import compile_source, runs_hopper_source, shared_limit
 
-THREADS = 96  # as in gather_bulk.cu
+THREADS = 64  # as in gather_bulk.cu
 STAGE_BYTES = 16 * 1024  # a group: 32 rows of 512 B, one a lane
 RING_BYTES = 128 * 1024  # in flight a CTA: 8 CTAs hold 1 MiB, ten times what 50 GB/s x 2 us of latency needs
 COUNT_BYTES = 8 * 1024  # 2,048 heads
 OTHER_BYTES = COUNT_BYTES + 8 * 1024  # and 1 KiB of list entries, and two barriers a stage (at most 2 KiB)
-TOUCH_STRIDE_BYTES = 2 << 20  # the GPU's large page
 
 
 def gather_bulk_available(device: torch.device, row_bytes: int) -> bool:
@@ -37,14 +36,10 @@ def gather_rows_bulk(
     first_slot: int,
     num_ctas: int = 8,
     ring_bytes: int = RING_BYTES,
-    next_rows: torch.Tensor | None = None,
-    touch_stride_bytes: int = TOUCH_STRIDE_BYTES,
 ) -> None:
     """gather_rows_reference in one launch of num_ctas CTAs, each with ring_bytes of rows in flight.
 
-    host_rows may be pinned or on the GPU. next_rows (contiguous, pinned or on
-    the GPU): the rows that will be gathered next; one word of every
-    touch_stride_bytes of them is read on the way, to warm address translation.
+    host_rows may be pinned or on the GPU.
     """
     import cupy
 
@@ -60,7 +55,6 @@ def gather_rows_bulk(
         assert listed.dtype == torch.int32
     index = slots.device.index
     assert batch * kv_heads * miss_counts.element_size() <= COUNT_BYTES
-    assert next_rows is None or next_rows.is_contiguous()
     kernel, shared_bytes = compiled(row_bytes, ring_bytes, index)
     pointers = (host_rows, miss_tokens, miss_slots, miss_counts)
     strides = [rows.stride(i) * rows.element_size() for rows in (host_rows, slots) for i in (0, 1)]
@@ -72,10 +66,7 @@ def gather_rows_bulk(
             (
                 *(tensor.data_ptr() for tensor in pointers),
                 slots.data_ptr() + first_slot * row_bytes,
-                0 if next_rows is None else next_rows.data_ptr(),
                 *(np.int64(stride) for stride in strides),
-                np.int64(0 if next_rows is None else next_rows.numel() * next_rows.element_size()),
-                np.int64(touch_stride_bytes),
                 *(np.int32(number) for number in (kv_heads, batch * kv_heads, budget)),
             ),
             shared_mem=shared_bytes,

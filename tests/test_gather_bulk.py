@@ -107,15 +107,6 @@ def test_any_number_of_ctas_and_stages(num_ctas, ring_bytes):
 
 @pytest.mark.gpu
 @needs_bulk
-def test_touching_the_next_rows_changes_nothing():
-    problem, following = Problem(1, 8, 512, RAGGED), Problem(1, 8, 512, RAGGED, seed=1)
-    rows = following.host_rows.clone()
-    compare(problem, next_rows=following.host_rows, touch_stride_bytes=4096)
-    assert equal_bits(following.host_rows, rows)
-
-
-@pytest.mark.gpu
-@needs_bulk
 def test_gather_rows_takes_it():
     assert gather_bulk_available(torch.device("cuda", 0), 512)
     compare(Problem(1, 8, 512, RAGGED), gather=gather_rows)
