@@ -30,7 +30,7 @@ from offload_runtime.continuous import ContinuousBatch
 
 # Mixed lengths from 32K to 128K tokens, in no order.
 LENGTHS = (65_536, 130_048, 32_768, 98_304, 49_152, 81_920)
-TOY = {
+TOY: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
 }  # fmt: skip
@@ -149,7 +149,7 @@ def main() -> None:
     job = {name: value for name, value in vars(options).items() if name != "out"}
 
     def save() -> None:
-        report = {"job": job, "machine": machine_facts, "compared": compare(lines)}
+        report: dict[str, Any] = {"job": job, "machine": machine_facts, "compared": compare(lines)}
         report["results"] = [without_tokens(line) for line in lines]
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=1) + "\n")

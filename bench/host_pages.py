@@ -22,6 +22,7 @@ import torch
 
 from offload_runtime.bench.machine import machine
 from offload_runtime.cache.pinned import register, touch
+from offload_runtime.kernels.attention_trial import event_ms
 from offload_runtime.kernels.gather import gather_rows_triton
 from offload_runtime.kernels.gather_bulk import gather_bulk_available, gather_rows_bulk
 from offload_runtime.kernels.residency import resolve
@@ -65,12 +66,7 @@ def ascending(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def timed_us(run: Callable[[], object]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) * 1000
+    return event_ms(run) * 1000
 
 
 def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:

@@ -30,7 +30,7 @@ FIGURES = (
 
 EMBEDDED = ROOT / "offload_runtime" / "data" / "tiny-256k"
 
-LLAMA_8B = {
+LLAMA_8B: dict[str, Any] = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 262144,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},

@@ -9,6 +9,8 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -24,7 +26,7 @@ from offload_runtime.kernels.sparse_decode import sparse_attention, sparse_atten
 from offload_runtime.kernels.topk import select_topk
 
 LAYERS = 4  # buffer sets a graph cycles through: 4 x 42 MB is more than an H100's 50 MB of L2
-INT32 = {"dtype": torch.int32, "device": "cuda"}
+INT32: dict[str, Any] = {"dtype": torch.int32, "device": "cuda"}
 
 
 @dataclass
@@ -73,7 +75,7 @@ def configs(op: Callable, tuned: Callable, sweep: bool, options: list[dict]) -> 
     if sweep:
         for option in options:
             name = " ".join(f"{k}={v}" for k, v in option.items())
-            found.append((name, lambda *args, option=option: tuned(*args, **option)))
+            found.append((name, partial(tuned, **option)))
     return found
 
 
@@ -98,7 +100,7 @@ def bench_scores(shape: Shape, bits: int, channels: int, sweep: bool):
     rest = (shape.lengths(), shape.sinks, shape.recent)
     for name, op in configs(label_scores, label_scores_triton, sweep, options):
         buffers = zip(codes, scales, scores, strict=True)
-        calls = [lambda op=op, c=c, s=s, o=o: op(query, offsets, c, s, bits, *rest, o) for c, s, o in buffers]
+        calls = [partial(op, query, offsets, c, s, bits, *rest, o) for c, s, o in buffers]
         yield Timing(f"label_scores {channels} x {bits} bit", name, moved, "hbm"), calls
 
 
@@ -108,7 +110,7 @@ def bench_topk(shape: Shape, budget: int):
     tokens = torch.empty(b, h, budget, **INT32)
     counts, budgets = torch.empty(b, **INT32), torch.full((b,), budget, **INT32)
     args = (budgets, shape.lengths(), shape.sinks, shape.recent, tokens, counts)
-    calls: Calls = [lambda s=s: select_topk(s, *args) for s in scores]
+    calls: Calls = [partial(select_topk, s, *args) for s in scores]
     yield Timing(f"select_topk k={budget}", "default", 4 * b * h * (n + budget), "hbm"), calls
 
 
@@ -127,9 +129,7 @@ def bench_resolve(shape: Shape, budget: int):
     state = (slot_of_token, token_in_slot, stamps, hand)
     steps = torch.ones(1, **INT32), torch.full((1,), 2, **INT32)
     calls: Calls = [
-        lambda chosen=chosen, step=step: resolve(
-            chosen, counts, *state, step, 1, *misses, miss_counts, counters
-        )
+        partial(resolve, chosen, counts, *state, step, 1, *misses, miss_counts, counters)
         for chosen, step in [(first, steps[0]), (second, steps[1])] * 2
     ]
     yield Timing(f"resolve k={budget}, half missed", "default", 0, ""), calls
@@ -153,7 +153,7 @@ def bench_gather(shape: Shape, misses: int, host_rows: torch.Tensor, sweep: bool
     ]
     moved = b * h * misses * shape.row_bytes()
     for name, op in configs(gather_rows, gather_rows_triton, sweep, options):
-        calls = [lambda op=op, t=t: op(host_rows, t, places, counts, slots, 0) for t in tokens]
+        calls = [partial(op, host_rows, t, places, counts, slots, 0) for t in tokens]
         yield Timing(f"gather_rows {misses} a head", name, moved, "pcie"), calls
 
 
@@ -162,7 +162,7 @@ def bench_append(shape: Shape, host_rows: torch.Tensor):
     key = torch.randn(b, h, d, device="cuda").bfloat16()
     slots = torch.empty(b, h, shape.sinks + shape.recent, 2 * d, dtype=torch.bfloat16, device="cuda")
     args = (key, key, shape.lengths(), slots, shape.sinks, shape.recent, host_rows)
-    calls: Calls = [lambda: append_rows(*args)] * LAYERS
+    calls: Calls = [partial(append_rows, *args)] * LAYERS
     yield Timing("append_rows", "default", 0, ""), calls
 
 
@@ -176,7 +176,7 @@ def bench_make_labels(shape: Shape, new_tokens: int, sweep: bool):
     options = [{"block_tokens": 32}, {"block_tokens": 128}, {"block_tokens": 128, "num_warps": 8}]
     moved = b * h * new_tokens * (2 * d + channels // 2 + 4)
     for name, op in configs(make_labels, make_labels_triton, sweep and new_tokens > 1, options):
-        calls: Calls = [lambda op=op: op(*args)] * LAYERS
+        calls: Calls = [partial(op, *args)] * LAYERS
         yield Timing(f"make_labels T={new_tokens}", name, moved, "hbm" if new_tokens > 1 else ""), calls
 
 
@@ -195,7 +195,7 @@ def bench_query_labels(shape: Shape, sweep: bool):
         sweep,
         [{"num_warps": 8}, {"block_rows": 32}, {"block_channels": 32}],
     ):
-        calls: Calls = [lambda op=op: op(*args)] * LAYERS
+        calls: Calls = [partial(op, *args)] * LAYERS
         yield Timing("query_labels", name, 0, ""), calls
 
 
@@ -223,7 +223,7 @@ def bench_attention(shape: Shape, budget: int, sweep: bool):
     ]
     moved = b * h * (budget + local) * shape.row_bytes()
     for name, op in configs(sparse_attention, sparse_attention_triton, sweep, options):
-        calls = [lambda op=op, s=s: op(query, s, *args) for s in slots]
+        calls = [partial(op, query, s, *args) for s in slots]
         yield Timing(f"sparse_attention k={budget}", name, moved, "hbm"), calls
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from offload_runtime.bench.machine import machine
 from offload_runtime.bench.plan_times import TimesOfPlan
@@ -30,6 +31,7 @@ from offload_runtime.bench.prefill_full import PrefillBench
 from offload_runtime.bench.prefill_parts import run_document, run_ours, run_profile, run_theirs, run_whole
 from offload_runtime.bench.rows import Rows
 from offload_runtime.bench.shapes import random_model
+from offload_runtime.kernels.attention_trial import event_ms
 from offload_runtime.kernels.split_attention import cudnn_attention, flash_attention
 from offload_runtime.prefill import GPU_CHUNK_TOKENS
 from offload_runtime.prefill_backend import PrefillBackend
@@ -44,15 +46,6 @@ BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"flash": flash_attention, "c
 def chunk_flop(start: int, count: int) -> int:
     """q k^T and p v, 2 flop each a pair and number: `count` queries over the keys before and in the chunk."""
     return 4 * HEADS * DIM * (count * start + count * (count + 1) // 2)
-
-
-def milliseconds(work: Callable[[], object]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
 
 
 def attention(ctx: int, chunk: int) -> dict[str, Any]:
@@ -91,9 +84,9 @@ def time_chunk(
     """first_ms includes what the backend prepares for a new shape."""
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
-    first = milliseconds(lambda: attend(query, rows, DIM**-0.5))
+    first = event_ms(lambda: attend(query, rows, DIM**-0.5))
     peak = torch.cuda.max_memory_allocated() - held
-    times = [milliseconds(lambda: attend(query, rows, DIM**-0.5)) for _ in range(REPEATS)]
+    times = [event_ms(lambda: attend(query, rows, DIM**-0.5)) for _ in range(REPEATS)]
     median = statistics.median(times)
     return {
         "start": start, "first_ms": first, "median_ms": median, "min_ms": min(times), "max_ms": max(times),
@@ -108,6 +101,11 @@ def interpolate(places: list[int], values: list[float], place: int) -> float:
     return values[-1]
 
 
+def run_times(model: PreTrainedModel, contexts: list[int], rows: Rows) -> None:
+    for ctx in contexts:
+        TimesOfPlan(model, ctx, "2048", rows).add_all()
+
+
 def full(options: argparse.Namespace) -> None:
     """Rows of one model, each on disk as soon as it is there."""
     began = time.perf_counter()
@@ -120,7 +118,7 @@ def full(options: argparse.Namespace) -> None:
         "document": lambda: run_document(bench, options.snapshot),
         "theirs": lambda: run_theirs(bench, offloading=False),
         "profile": lambda: run_profile(bench),
-        "times": lambda: [TimesOfPlan(model, ctx, "2048", rows).add_all() for ctx in options.times_at],
+        "times": lambda: run_times(model, options.times_at, rows),
         "offloaded": lambda: run_theirs(bench, offloading=True),
         "whole": lambda: run_whole(bench),
     }

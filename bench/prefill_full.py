@@ -70,8 +70,10 @@ class PrefillBench:
 
     def plan(self, config: RuntimeConfig, tokens: int) -> Plan:
         kind = self.device.type
-        settings = {"tokens": tokens, "dtype": self.model.dtype, "weights": self.weights}
-        return make_plan(config, self.model.config, EMPTY, kind, **settings)
+        return make_plan(
+            config, self.model.config, EMPTY, kind,
+            tokens=tokens, dtype=self.model.dtype, weights=self.weights,
+        )  # fmt: skip
 
     @contextmanager
     def with_layers(self, count: int) -> Iterator[None]:
@@ -127,8 +129,7 @@ class PrefillBench:
         ids = self.document(ctx)
         free_unused(self.device)
         with self.with_layers(layers), torch.no_grad():
-            options = {"offloading": True} if offloading else {}
-            cache = DynamicCache(config=self.model.config, **options)
+            cache = DynamicCache(config=self.model.config, offloading=offloading)
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             timer = Timer(self.device)

@@ -1,5 +1,6 @@
 """The parts of bench.prefill --full: which rows there are, in which order, and about how long each takes."""
 
+from functools import partial
 from pathlib import Path
 
 from offload_runtime.bench.prefill_full import PrefillBench
@@ -30,7 +31,7 @@ def run_ours(bench: PrefillBench) -> None:
     add, contexts = bench.rows.add, bench.contexts
     add("ours, first run (compiles)", lambda: bench.ours(contexts[0]), 30)
     for ctx in contexts[:-1]:
-        add(f"ours {ctx}", lambda ctx=ctx: bench.ours(ctx), bench.expected_s(ctx))
+        add(f"ours {ctx}", partial(bench.ours, ctx), bench.expected_s(ctx))
 
 
 def run_theirs(bench: PrefillBench, offloading: bool) -> None:
@@ -42,11 +43,10 @@ def run_theirs(bench: PrefillBench, offloading: bool) -> None:
         layers = few if ctx == longest or (offloading and ctx > longest // 4) else every
         if layers < every and (ctx, layers) not in bench.logits:
             cost = bench.expected_s(ctx) * layers / every
-            add(f"ours {ctx}, {layers} layers", lambda ctx=ctx: bench.ours(ctx, few), cost)
+            add(f"ours {ctx}, {layers} layers", partial(bench.ours, ctx, few), cost)
         # Its attention at half our rate, and no chunks (arithmetic).
         cost = 1.6 * bench.expected_s(ctx) * layers / every
-        work = lambda ctx=ctx, layers=layers: bench.theirs(ctx, offloading, layers)  # noqa: E731
-        add(f"{name} {ctx}", work, cost)
+        add(f"{name} {ctx}", partial(bench.theirs, ctx, offloading, layers), cost)
 
 
 def run_profile(bench: PrefillBench) -> None:

@@ -11,6 +11,8 @@ from statistics import median
 
 import torch
 
+from offload_runtime.kernels.attention_trial import event_ms
+
 GIB = 1 << 30
 
 
@@ -27,7 +29,7 @@ def graph_ms(calls: Sequence[Callable[[], object]], replays: int = 20) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return median(_event_ms(graph.replay, replays)) / len(calls)
+    return median(_repeated_ms(graph.replay, replays)) / len(calls)
 
 
 def step_ms(work: Callable[[], object], device: torch.device) -> float:
@@ -36,17 +38,12 @@ def step_ms(work: Callable[[], object], device: torch.device) -> float:
         started = time.perf_counter()
         work()
         return 1e3 * (time.perf_counter() - started)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+    return event_ms(work)
 
 
-def _event_ms(work: Callable[[], object], repeats: int) -> list[float]:
+def _repeated_ms(work: Callable[[], object], repeats: int) -> list[float]:
     """Milliseconds of each repeat after three to warm up."""
-    times = [step_ms(work, torch.device("cuda")) for _ in range(repeats + 3)]
+    times = [event_ms(work) for _ in range(repeats + 3)]
     return times[3:]
 
 
@@ -54,17 +51,17 @@ def hbm_copy_gb_s() -> float:
     """Bytes read plus bytes written a second by a device-to-device copy of 1 GiB."""
     source = torch.zeros(GIB, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * GIB / median(_event_ms(lambda: target.copy_(source), 10)) / 1e6
+    return 2 * GIB / median(_repeated_ms(lambda: target.copy_(source), 10)) / 1e6
 
 
 def hbm_read_gb_s() -> float:
     """Bytes read a second by a sum over 1 GiB, which is what weights, labels and rows are: read once."""
     source = torch.zeros(GIB // 4, dtype=torch.float32, device="cuda")
-    return GIB / median(_event_ms(source.sum, 10)) / 1e6
+    return GIB / median(_repeated_ms(source.sum, 10)) / 1e6
 
 
 def pinned_copy_gb_s() -> float:
     """Bytes a second of a copy of 256 MiB from pinned host memory by the copy engine."""
     source = torch.empty(GIB // 4, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(source, device="cuda")
-    return GIB / 4 / median(_event_ms(lambda: target.copy_(source, non_blocking=True), 10)) / 1e6
+    return GIB / 4 / median(_repeated_ms(lambda: target.copy_(source, non_blocking=True), 10)) / 1e6

@@ -3,6 +3,13 @@
 The public names load on first use, so that `import offload_runtime` stays cheap.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what type checkers see; at run time __getattr__ answers
+    from .config import RuntimeConfig as RuntimeConfig
+    from .engine import OffloadedModel as OffloadedModel
+    from .hf_cache import OffloadedCache as OffloadedCache
+
 __version__ = "0.1.0"
 
 
