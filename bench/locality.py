@@ -13,6 +13,7 @@ import torch
 
 from offload_runtime.adapter import ModelAdapter
 from offload_runtime.cache.layer_cache import PREDICTED, TRUE, LayerCache
+from offload_runtime.calibration import Calibration
 from offload_runtime.calibration_file import own_calibration
 from offload_runtime.cli_options import model_or_embedded
 from offload_runtime.config import RuntimeConfig
@@ -111,8 +112,10 @@ def measure_locality(
     if tokens - room < 4 * room:
         raise UserError(f"a text of {len(ids)} tokens is too short to measure locality on; give --text")
     config = RuntimeConfig(ctx=tokens, budget=max(shares), cuda_graph=False)
-    calibration = own_calibration(name)
-    if calibration is None:
+    file = own_calibration(name)
+    if file is not None:
+        calibration = Calibration.load(file)
+    else:
         calibration = calibration_from_prompt(adapter, config, ids[:tokens], tokens)
     session = Session(adapter, config, calibration, 1, tokens)
     session.prefill([ids[: tokens - room]], room)

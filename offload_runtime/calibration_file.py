@@ -12,10 +12,10 @@ from .errors import UserError
 CALIBRATION_FILE = "calibration.safetensors"  # looked for in the model's directory
 
 
-def own_calibration(name_or_path: str | Path) -> Calibration | None:
-    """What lies in the model's directory; None when nothing does, or for a hub name."""
+def own_calibration(name_or_path: str | Path) -> Path | None:
+    """The calibration file in the model's directory; None when there is none, or for a hub name."""
     file = Path(name_or_path) / CALIBRATION_FILE
-    return Calibration.load(file) if file.is_file() else None
+    return file if file.is_file() else None
 
 
 def with_choice(settings: dict[str, Any], name_or_path: str | Path) -> dict[str, Any]:

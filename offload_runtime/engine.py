@@ -25,7 +25,7 @@ from .memory import limit_gpu
 from .model_check import load_config
 from .session import Session, calibration_from_prompt
 from .snapshot import Snapshot, save
-from .stats import collect, memory
+from .stats import call_figures
 from .weights import weight_bytes
 
 LOAD_ROOM_TOKENS = 1024  # a question and its answer after a loaded document
@@ -100,8 +100,9 @@ class OffloadedModel:
             quantization_config=quantization_config, gguf_file=gguf_file, **source,
         )  # fmt: skip
         # A stretched model has other keys than the one that the file in its directory is for.
-        fits = config.calibration is None and rope_scaling is None
-        calibration = own_calibration(name_or_path) if fits else None
+        wanted = config.calibration is None and rope_scaling is None
+        file = own_calibration(name_or_path) if wanted else None
+        calibration = None if file is None else Calibration.load(file)
         try:
             tokenizer = load_tokenizer(name_or_path, gguf_file, **source)
         except UserError:
@@ -151,7 +152,7 @@ class OffloadedModel:
         except (MemoryError, RuntimeError):  # PyTorch's out of memory too
             self._session = loop.session = None  # half allocated: the next call starts afresh
             raise
-        self.stats = self._collect(loop, left_ids.shape)
+        self.stats = call_figures(loop, weight_bytes(self.model), self._calibration_s, self.fitted)
         ids = out if isinstance(out, torch.Tensor) else out.sequences
         ids[:, : input_ids.shape[1]] = input_ids  # padded as the caller had it
         return out
@@ -203,34 +204,6 @@ class OffloadedModel:
                 f"the GPU has no room for the caches of {batch} x {capacity} tokens; "
                 "lower ctx, slots or budget (`ds-offload plan` shows what fits)"
             ) from error
-
-    def _collect(self, loop: TokenLoop, shape: torch.Size) -> dict[str, Any]:
-        session = loop.session
-        assert session is not None
-        prefetcher = session.prefetcher
-        cached = sum(len(ids) for ids in session.cached_ids)
-        audit = {} if session.audit is None else {"audit": session.audit.figures()}
-        return {
-            **loop.times,
-            "batch": shape[0],
-            "placement": session.config.placement,
-            "fitted": self.fitted,
-            "prompt_tokens": loop.prompt_tokens,
-            "new_tokens": loop.new_tokens,
-            "cached_tokens": cached,
-            "reused_tokens": session.kept_tokens,
-            "prefill": {**session.prefill_figures(), "calibration_s": self._calibration_s},
-            **collect(session.caches, prefetcher.predicted_layers, prefetcher.attend_predicted),
-            **memory(
-                session.layout,
-                session.config.placement == "gpu",
-                weight_bytes(self.model),
-                loop.prefill_peak_bytes,
-                loop.decode_peak_bytes,
-            ),
-            "cuda_graph": session.decoder.graph is not None,
-            **audit,
-        }
 
     def continuous(
         self, places: int, tokens: int, prompt: torch.Tensor | None = None, overlap: bool = True

@@ -6,6 +6,7 @@ from typing import Any
 from .cache.layer_cache import PREDICTED, TRUE, LayerCache
 from .cache.layout import KVLayout
 from .cache.window_cache import WindowCache
+from .generation import TokenLoop
 from .kernels.residency import FROM_PREDICTION, HITS, SELECTED
 
 GB = 1e9
@@ -95,4 +96,30 @@ def memory(
         "gpu_plan_gb": (weight_bytes + caches + CUBLAS_BYTES) / GB,
         "gpu_prefill_peak_gb": in_gb(prefill_peak),
         "gpu_decode_peak_gb": in_gb(decode_peak),
+    }
+
+
+def call_figures(
+    loop: TokenLoop, weight_bytes: int, calibration_s: float, fitted: list[str]
+) -> dict[str, Any]:
+    """Everything about one generate call that has run. fitted: what was shrunk for its caches."""
+    session = loop.session
+    assert session is not None
+    prefetcher, on_gpu = session.prefetcher, session.config.placement == "gpu"
+    audit = {} if session.audit is None else {"audit": session.audit.figures()}
+    peaks = loop.prefill_peak_bytes, loop.decode_peak_bytes
+    return {
+        **loop.times,
+        "batch": session.layout.batch,
+        "placement": session.config.placement,
+        "fitted": fitted,
+        "prompt_tokens": loop.prompt_tokens,
+        "new_tokens": loop.new_tokens,
+        "cached_tokens": sum(len(ids) for ids in session.cached_ids),
+        "reused_tokens": session.kept_tokens,
+        "prefill": {**session.prefill_figures(), "calibration_s": calibration_s},
+        **collect(session.caches, prefetcher.predicted_layers, prefetcher.attend_predicted),
+        **memory(session.layout, on_gpu, weight_bytes, *peaks),
+        "cuda_graph": session.decoder.graph is not None,
+        **audit,
     }

@@ -1,7 +1,5 @@
 """Calibration: the mathematics, the collection over text, the file and the command's errors."""
 
-import shutil
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -12,7 +10,6 @@ from transformers import (
     GPT2Config,
     GptOssConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
@@ -34,17 +31,7 @@ from offload_runtime.errors import RunError, UserError
 from offload_runtime.kernels.labels import quantise, read_labels
 from offload_runtime.model_check import embedded_model
 
-SIZES = {
-    "vocab_size": 264, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "pad_token_id": 0,
-}  # fmt: skip
-
-
-def tiny_llama(**changes):
-    """G = 2 and head_dim 32, which is not hidden / heads = 12."""
-    torch.manual_seed(0)
-    config = LlamaConfig(**{**SIZES, "head_dim": 32, "initializer_range": 0.15, **changes})
-    return LlamaForCausalLM(config).eval()
+from .tiny_model import SIZES, save_tiny_llama, tiny_llama
 
 
 def skewed(heads, tokens, dim, seed):
@@ -239,12 +226,7 @@ def test_blocks_cover_the_text():
 
 @pytest.fixture
 def model_directory(tmp_path):
-    """A random Llama on disk with the embedded model's byte tokenizer."""
-    folder = tmp_path / "model"
-    tiny_llama().save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(f"{embedded_model()}/{name}", folder)
-    return folder
+    return save_tiny_llama(tmp_path / "model")
 
 
 @pytest.fixture

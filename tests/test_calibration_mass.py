@@ -22,7 +22,7 @@ from offload_runtime.calibration_mass import (
 from offload_runtime.errors import UserError
 
 from .models import identity_calibration, logits_of, offloaded, random_ids, random_llama
-from .test_calibration import tiny_llama
+from .tiny_model import tiny_llama
 
 
 def curve(needs, contexts=(256, 512, 1024)):

@@ -1,7 +1,6 @@
 """A killed calibration goes on where it was, and what it gives is what an uninterrupted one gives."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,8 @@ import torch
 from offload_runtime.calibrate_command import calibrate
 from offload_runtime.calibration import Calibration
 from offload_runtime.calibration_collect import Collection
-from offload_runtime.model_check import embedded_model
 
-from .test_calibration import tiny_llama
+from .tiny_model import save_tiny_llama, tiny_llama
 
 ROOT = Path(__file__).resolve().parent.parent
 # Writes a dot a finished layer, so that the parent knows when to kill it; slow enough to be caught.
@@ -38,11 +36,7 @@ def short_blocks(monkeypatch):
 
 @pytest.fixture
 def model(tmp_path):
-    folder = tmp_path / "model"
-    tiny_llama().save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(f"{embedded_model()}/{name}", folder)
-    return folder
+    return save_tiny_llama(tmp_path / "model")
 
 
 @pytest.fixture

@@ -1,28 +1,14 @@
 """The bulk-copy gather against gather_rows_reference, bit for bit, and what it must leave alone."""
 
-import importlib.util
-
 import pytest
 import torch
 
 from offload_runtime.kernels.gather import gather_rows, gather_rows_reference
 from offload_runtime.kernels.gather_bulk import STAGE_BYTES, gather_bulk_available, gather_rows_bulk
 
+from .hopper import needs_hopper
+
 FIRST_SLOT, CAPACITY, BUDGET, N_SLOTS = 68, 5000, 1500, 1600
-
-
-def missing() -> str:
-    """Why the kernel cannot run here; empty if it can."""
-    if not torch.cuda.is_available():
-        return "needs a CUDA GPU"
-    if importlib.util.find_spec("cupy") is None:
-        return "needs CuPy (the extra cuda12 or cuda13)"
-    if torch.cuda.get_device_capability()[0] < 9:
-        return "needs the bulk copy engine (sm_90)"
-    return ""
-
-
-needs_bulk = pytest.mark.skipif(bool(missing()), reason=missing() or "runs")
 
 
 class Problem:
@@ -75,7 +61,7 @@ RAGGED = [0, 1, 31, 32, 33, 1500, 0, 700]
 
 
 @pytest.mark.gpu
-@needs_bulk
+@needs_hopper
 @pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "cuda"])
 @pytest.mark.parametrize("row_bytes", [64, 128, 256, 320, 512, 1024, 4096])
 @pytest.mark.parametrize(("batch", "kv_heads"), [(1, 8), (4, 2)])
@@ -84,7 +70,7 @@ def test_moves_the_missed_rows_and_nothing_else(batch, kv_heads, row_bytes, pinn
 
 
 @pytest.mark.gpu
-@needs_bulk
+@needs_hopper
 def test_no_misses_change_nothing():
     problem = Problem(1, 8, 512, [0])
     compare(problem)
@@ -92,13 +78,13 @@ def test_no_misses_change_nothing():
 
 
 @pytest.mark.gpu
-@needs_bulk
+@needs_hopper
 def test_misses_of_a_few_of_many_heads():
     compare(Problem(4, 32, 128, [0] * 37 + [5] + [0] * 50 + [200]))
 
 
 @pytest.mark.gpu
-@needs_bulk
+@needs_hopper
 @pytest.mark.parametrize("ring_bytes", [1, 32 * 1024, 192 * 1024])
 @pytest.mark.parametrize("num_ctas", [1, 4, 16])
 def test_any_number_of_ctas_and_stages(num_ctas, ring_bytes):
@@ -106,14 +92,14 @@ def test_any_number_of_ctas_and_stages(num_ctas, ring_bytes):
 
 
 @pytest.mark.gpu
-@needs_bulk
+@needs_hopper
 def test_gather_rows_takes_it():
     assert gather_bulk_available(torch.device("cuda", 0), 512)
     compare(Problem(1, 8, 512, RAGGED), gather=gather_rows)
 
 
 @pytest.mark.gpu
-@needs_bulk
+@needs_hopper
 def test_replays_in_a_cuda_graph_with_new_counts():
     problem = Problem(1, 8, 512, RAGGED)
     compare(problem)  # compiles
@@ -130,7 +116,7 @@ def test_replays_in_a_cuda_graph_with_new_counts():
 
 
 @pytest.mark.gpu
-@needs_bulk
+@needs_hopper
 def test_the_next_kernel_sees_every_row():
     """A kernel right behind the gather on its stream reads what the gather wrote, 50 times over."""
     problem = Problem(1, 8, 512, [1500])

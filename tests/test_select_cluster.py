@@ -4,8 +4,6 @@ Its scores are rounded differently, so selections are compared by their scores:
 where they differ, the scores may differ by no more than 1e-3 of the scores' spread.
 """
 
-import importlib.util
-
 import pytest
 import torch
 
@@ -19,21 +17,9 @@ from offload_runtime.kernels.select_cluster import (
 from offload_runtime.kernels.sticky import sticky_topk_reference
 from offload_runtime.kernels.topk import select_topk_reference
 
+from .hopper import needs_hopper as needs_clusters
+
 SINKS, RECENT = 4, 64
-
-
-def missing() -> str:
-    """Why the kernel cannot run here; empty if it can."""
-    if not torch.cuda.is_available():
-        return "needs a CUDA GPU"
-    if importlib.util.find_spec("cupy") is None:
-        return "needs CuPy (the extra cuda12 or cuda13)"
-    if torch.cuda.get_device_capability()[0] < 9:
-        return "needs thread block clusters (sm_90)"
-    return ""
-
-
-needs_clusters = pytest.mark.skipif(bool(missing()), reason=missing() or "runs")
 
 
 class Problem:
