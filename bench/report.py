@@ -1,14 +1,12 @@
 """The growing report: rows are written as they finish, then compared, then printed."""
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from offload_runtime.errors import RunError
+from offload_runtime.json_file import write_json
 
 GROUP = ("shape", "ctx", "batch")  # rows of equal values stand in one table
 SETTING = ("what", "shape", "budget", "prefetch", "new_rows", "resident", "locality")
@@ -71,16 +69,8 @@ class Report:
 
     def write(self) -> None:
         """The whole file or nothing."""
-        if self.file is None:
-            return
-        part = self.file.with_name(f"{self.file.name}.{os.getpid()}.part")
-        try:
-            part.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
-            part.replace(self.file)
-        except OSError as error:
-            raise RunError(f"cannot write {self.file}: {error.strerror}") from error
-        finally:
-            part.unlink(missing_ok=True)
+        if self.file is not None:
+            write_json(self.file, self.data)
 
 
 def print_card(console: Console, card: dict[str, Any]) -> None:

@@ -1,12 +1,9 @@
 """`ds-offload eval`: run a suite over a grid of settings; results, table and pictures go to --out."""
 
-import json
-import os
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,7 +12,7 @@ from .cli_generate import check_file
 from .cli_options import model_or_embedded
 from .cli_progress import quiet_unless_terminal
 from .engine import choose_device
-from .errors import RunError, UserError
+from .errors import UserError
 from .evals.eval_model import EvalModel
 from .evals.grid import make_grid, words
 from .evals.plots import pyplot
@@ -23,6 +20,7 @@ from .evals.quality import write_choice
 from .evals.records import Results, make_folder
 from .evals.runner import plan_work, run
 from .evals.suites import Wanted, choose, lengths
+from .json_file import write_json
 
 LOG_COLUMNS = 140  # of a table that goes to a file or a pipe
 
@@ -114,15 +112,3 @@ def versions() -> dict[str, str]:
     """What the numbers were made with."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     return {"torch": torch.__version__, "transformers": version("transformers"), "device": device}
-
-
-def write_json(file: Path, result: dict[str, Any]) -> None:
-    """Write the whole file or nothing."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        part.replace(file)
-    except OSError as error:
-        raise RunError(f"cannot write {file}: {error.strerror}") from error
-    finally:
-        part.unlink(missing_ok=True)

@@ -16,11 +16,12 @@ from .cli_exits import warn
 from .cli_model import config_of, fitted_plan, load
 from .cli_options import ModelSource
 from .cli_progress import Working, quiet_unless_terminal
-from .cli_stats import check_stats_choice, figures, print_stats, write_json
+from .cli_stats import check_stats_choice, figures, print_stats
 from .config import RuntimeConfig, make_config
 from .engine import OffloadedModel, choose_device
 from .errors import UserError
 from .fitting import shrunk
+from .json_file import write_json
 from .loading import load_tokenizer
 from .model_check import check_config, check_label_channels
 from .planner import Plan, require
@@ -98,7 +99,7 @@ def generate(request: GenerateRequest, ids: Any, plan: Plan) -> None:
     finally:
         model.close()
     if request.stats_file is not None:
-        write_json(request.stats_file, result)
+        write_json(request.stats_file, result, f"--stats-file {request.stats_file}")
     print_stats(result, request.stats, console)
 
 

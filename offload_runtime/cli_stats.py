@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .audit import audit_summary
-from .errors import RunError, UserError
+from .errors import UserError
 from .planner import GB, Plan
 
 CHOICES = ("summary", "table", "json", "none")
@@ -34,17 +34,6 @@ def figures(stats: dict[str, Any], plan: Plan) -> dict[str, Any]:
         "planned_gpu_peak_gb": plan.gpu_bytes / GB,
         "planned_pinned_gb": plan.needs.pinned / GB,
     }
-
-
-def write_json(file: Path, result: dict[str, Any]) -> None:
-    """Write the whole file or nothing."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        part.replace(file)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise RunError(f"cannot write --stats-file {file}: {error.strerror}") from error
 
 
 def print_stats(result: dict[str, Any], choice: str, console: Console) -> None:

@@ -1,6 +1,7 @@
 """A killed calibration goes on where it was, and what it gives is what an uninterrupted one gives."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,11 +40,15 @@ def model(tmp_path):
     return save_tiny_llama(tmp_path / "model")
 
 
-@pytest.fixture
-def text(tmp_path):
-    file = tmp_path / "text.txt"
+def write_text(folder):
+    file = folder / "text.txt"
     file.write_text("".join(f"The whale number {n}, said Ahab, is no fish for you. " for n in range(60)))
     return file
+
+
+@pytest.fixture
+def text(tmp_path):
+    return write_text(tmp_path)
 
 
 def run(model, text, out, **options):
@@ -65,6 +70,22 @@ def killed(model, text, out, layers):
                 break
     assert child.returncode == -9
     assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def killed_once(tmp_path_factory):
+    """Where a calibration was killed after its first block: once, since a new process takes seconds."""
+    folder = tmp_path_factory.mktemp("killed")
+    killed(save_tiny_llama(folder / "model"), write_text(folder), folder / "out.safetensors", LAYERS + 1)
+    return folder
+
+
+@pytest.fixture
+def out(killed_once, tmp_path):
+    """The output of a calibration of `model` on `text` that was killed after its first block."""
+    (side,) = killed_once.glob(".out.safetensors*")
+    shutil.copy(side, tmp_path)
+    return tmp_path / "out.safetensors"
 
 
 def side_files(out):
@@ -98,9 +119,8 @@ def test_killed_before_the_first_block_starts_anew(model, text, tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"tokens": 900}, "text", "weights"])
-def test_other_settings_start_anew(model, text, tmp_path, caplog, change):
-    out, fresh = tmp_path / "out.safetensors", tmp_path / "fresh.safetensors"
-    killed(model, text, out, LAYERS + 1)
+def test_other_settings_start_anew(model, text, out, tmp_path, caplog, change):
+    fresh = tmp_path / "fresh.safetensors"
     options = change if isinstance(change, dict) else {}
     if change == "text":
         text.write_text(text.read_text().replace("Ahab", "Starbuck"))
@@ -116,17 +136,15 @@ def test_other_settings_start_anew(model, text, tmp_path, caplog, change):
     assert not side_files(out)
 
 
-def test_another_method_uses_the_same_sums(model, text, tmp_path):
-    out, fresh = tmp_path / "out.safetensors", tmp_path / "fresh.safetensors"
-    killed(model, text, out, LAYERS + 1)
+def test_another_method_uses_the_same_sums(model, text, out, tmp_path):
+    fresh = tmp_path / "fresh.safetensors"
     assert len(run(model, text, out, method="greedy", channels=4)) == LAYERS * (BLOCKS - 1)
     run(model, text, fresh, method="greedy", channels=4)
     assert same(out, fresh)
 
 
-def test_a_damaged_side_file_is_not_used(model, text, tmp_path, caplog):
-    out, fresh = tmp_path / "out.safetensors", tmp_path / "fresh.safetensors"
-    killed(model, text, out, LAYERS + 1)
+def test_a_damaged_side_file_is_not_used(model, text, out, tmp_path, caplog):
+    fresh = tmp_path / "fresh.safetensors"
     (side,) = out.parent.glob(f".{out.name}*")
     content = bytearray(side.read_bytes())
     content[-100] ^= 1
@@ -140,10 +158,8 @@ def test_a_damaged_side_file_is_not_used(model, text, tmp_path, caplog):
     assert same(out, fresh)
 
 
-def test_a_kill_while_writing_leaves_the_last_whole_file(model, text, tmp_path, monkeypatch):
+def test_a_kill_while_writing_leaves_the_last_whole_file(model, text, out):
     """The write is cut off before the file takes its place: what was there before is still whole."""
-    out = tmp_path / "out.safetensors"
-    killed(model, text, out, LAYERS + 1)
     torn = out.with_name(f".{out.name}.progress.1")
     torn.write_bytes(b"half a file")
     assert len(run(model, text, out)) == LAYERS * (BLOCKS - 1)

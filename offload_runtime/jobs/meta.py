@@ -1,12 +1,12 @@
 """The sidecar OUT.jsonl.meta.json: the settings a job's output was made with."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..errors import RunError, UserError
+from ..errors import UserError
+from ..json_file import write_json
 
 META_SUFFIX = ".meta.json"
 SHOWN = 60  # characters of a setting in a message; a prompt template is longer
@@ -69,10 +69,4 @@ def read_meta(file: Path) -> dict[str, Any] | None:
 def write_meta(file: Path, settings: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
     """The whole file or nothing."""
     meta = {"ds_offload": __version__, "settings": settings, "earlier_settings": earlier}
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(file)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise RunError(f"cannot write {file}: {error.strerror}") from error
+    write_json(file, meta, ascii_only=False)
