@@ -117,19 +117,18 @@ def row_sums(
                 b_x = tl.load(x + start + o_k, mask=m_k, other=0.0)
             sums += b_weight.to(tl.float32) * b_x.to(tl.float32)[None, :]
         return tl.sum(sums, 1)[None, :]  # [1, ROWS]
-    else:
-        o_t = tl.arange(0, TOKENS_PAD)
-        m_t = (o_t < tokens)[:, None]
-        p_x = x + o_t[:, None] * WIDTH + o_k[None, :]  # [T padded, BLOCK]
-        products = tl.zeros([TOKENS_PAD, ROWS], tl.float32)
-        for start in range(0, WIDTH, BLOCK):
-            m_k = (start + o_k < WIDTH)[None, :]
-            b_weight = tl.load(p_weight + start, mask=m_n & m_k, other=0.0)
-            b_x = tl.load(p_x + start, mask=m_t & m_k, other=0.0)
-            if UPCAST:
-                b_weight, b_x = b_weight.to(tl.float32), b_x.to(tl.float32)
-            products = tl.dot(b_x, tl.trans(b_weight), products, input_precision="ieee")
-        return products
+    o_t = tl.arange(0, TOKENS_PAD)
+    m_t = (o_t < tokens)[:, None]
+    p_x = x + o_t[:, None] * WIDTH + o_k[None, :]  # [T padded, BLOCK]
+    products = tl.zeros([TOKENS_PAD, ROWS], tl.float32)
+    for start in range(0, WIDTH, BLOCK):
+        m_k = (start + o_k < WIDTH)[None, :]
+        b_weight = tl.load(p_weight + start, mask=m_n & m_k, other=0.0)
+        b_x = tl.load(p_x + start, mask=m_t & m_k, other=0.0)
+        if UPCAST:
+            b_weight, b_x = b_weight.to(tl.float32), b_x.to(tl.float32)
+        products = tl.dot(b_x, tl.trans(b_weight), products, input_precision="ieee")
+    return products
 
 
 @triton.jit

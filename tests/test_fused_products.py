@@ -1,0 +1,203 @@
+"""A decode step's products in fewer launches: the same numbers, and only where nothing else is in the way."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from offload_runtime import decode, product_trial, products
+from offload_runtime.adapter import AttentionCall, ModelAdapter
+from offload_runtime.fusion import Fusion
+from offload_runtime.kernels.gated import gated_triton
+from offload_runtime.kernels.products import products_reference, products_triton
+from offload_runtime.products import Joined, plain_linears
+
+from .architectures import FAMILIES, random_model
+from .models import logits_of, offloaded, random_ids, random_llama
+
+LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "mlp", "down_proj"}
+FUSED = {
+    "llama3 rope": LLAMA,
+    "qwen2, biases": LLAMA,
+    "gemma2": LLAMA,  # GELU
+    "granite": LLAMA,
+    "mixtral": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "phi3": {"o_proj"},  # its weights are joined already
+}
+
+
+def names_of(model, pairs):
+    """Last names of the modules with another forward."""
+    names = {module: name for name, module in model.named_modules()}
+    return [names[module].rpartition(".")[2] for module, _ in pairs]
+
+
+def step(model, adapter, ids):
+    """Logits of one token a sequence, every attention just handing its values on."""
+
+    def handle(call: AttentionCall) -> torch.Tensor:
+        out = call.query + call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], 1)
+        return out.transpose(1, 2)
+
+    with torch.no_grad(), adapter.handled_by([handle] * len(adapter.layers)):
+        return model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_what_is_fused_and_that_it_computes_the_same(name):
+    model = random_model(name)
+    adapter, ids = ModelAdapter(model), random_ids(1, batch=2)
+    fusion = Fusion(adapter, tokens=2, products=True)
+    found = names_of(model, fusion.products)
+    assert set(found) == FUSED[name]
+    assert len(found) == len(FUSED[name]) * len(adapter.layers)
+    expected = step(model, adapter, ids)
+    with fusion.applied():
+        assert torch.equal(step(model, adapter, ids), expected)
+        other = random_ids(1, batch=3)  # not the number of tokens that it was made for
+        assert torch.isfinite(step(model, adapter, other)).all()
+    assert all("forward" not in vars(module) for module, _ in fusion.products)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_kernels_in_a_model(monkeypatch, batch):
+    monkeypatch.setattr(products, "products", products_triton)
+    monkeypatch.setattr(products, "gated", gated_triton)
+    monkeypatch.setattr(product_trial, "choices", dict)  # nothing tried before
+    model = random_model("qwen2, biases")
+    adapter, ids = ModelAdapter(model), random_ids(1, batch=batch)
+    expected = step(model, adapter, ids)
+    with Fusion(adapter, batch, products=True).applied():
+        got = step(model, adapter, ids)
+    assert not torch.equal(got, expected)  # other sums: the kernels did run
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def forced(monkeypatch):
+    """Decode loops fuse products wherever they can, on a CPU too."""
+    monkeypatch.setattr(decode, "Fusion", partial(Fusion, products=True))
+
+
+@pytest.mark.parametrize("name", ["llama3 rope", "qwen2, biases", "gemma2", "mixtral"])
+def test_tokens_and_prefetch_modes_are_what_they_were(forced, name):
+    model, ids = random_model(name), random_ids(90)
+    settings = {"budget": 12, "slots": 16}
+    with pytest.MonkeyPatch.context() as plain:
+        plain.setattr(decode, "Fusion", partial(Fusion, products=False))
+        _, expected = logits_of(offloaded(model, **settings).generate, ids, 6)
+    for prefetch in ("off", "correct"):
+        runtime = offloaded(model, prefetch=prefetch, audit_every=3, **settings)
+        for _ in range(2):
+            assert torch.equal(logits_of(runtime.generate, ids, 6)[1], expected)
+        assert runtime._session.decoder.fusion.products
+
+
+def test_one_launch_makes_q_k_and_v_and_a_prediction_only_q(monkeypatch):
+    launches = []
+
+    def counted(x, weights, *rest, **options):
+        launches.append(len(weights))
+        return products_reference(x, weights, *rest)
+
+    model = random_llama(layers=2)
+    adapter, ids = ModelAdapter(model), random_ids(1)
+    fusion = Fusion(adapter, 1, products=True)
+    monkeypatch.setattr(products, "products", counted)
+    with fusion.applied():
+        step(model, adapter, ids)
+    assert launches == [3, 1, 1] * 2  # q k v, o, down; gate and up by another kernel
+    launches.clear()
+    hidden = torch.randn(1, 1, model.config.hidden_size)
+    position = model.model.rotary_emb(hidden, torch.zeros(1, 1, dtype=torch.long))
+    keywords = {"position_embeddings": position, "attention_mask": None}
+    handlers = [lambda call: call.query.transpose(1, 2)] * 2
+    with torch.no_grad(), adapter.handled_by(handlers):
+        expected, _ = adapter.predicted_query(1, hidden, keywords)
+        with fusion.applied():
+            got, _ = adapter.predicted_query(1, hidden, keywords)
+            assert torch.equal(step(model, adapter, ids), step(model, adapter, ids))
+    assert torch.equal(got, expected)
+    assert launches == [1, *[3, 1, 1] * 4]
+
+
+def test_another_input_gets_its_own_product():
+    parts = [nn.Linear(8, 4), nn.Linear(8, 6)]
+    joined = Joined(parts, 1, None)
+    first, second = torch.randn(1, 1, 8), torch.randn(1, 1, 8)
+    forwards = [forward for _, forward in joined.forwards()]
+    with torch.no_grad():
+        assert torch.equal(forwards[0](first), parts[0](first))
+        assert torch.equal(forwards[1](second), parts[1](second))  # not what the first call left
+        assert torch.equal(forwards[0](second), parts[0](second))
+        assert joined.source is None
+        assert torch.equal(forwards[1](first), parts[1](first))
+        assert torch.equal(forwards[1](first), parts[1](first))  # called twice
+
+
+class Adapted(nn.Linear):
+    """As LoRA does it: another class."""
+
+
+def spoiled(kind, model):
+    """Change layer 0's q_proj and up_proj."""
+    layer = model.model.layers[0]
+    for owner, name in ((layer.self_attn, "q_proj"), (layer.mlp, "up_proj")):
+        part = getattr(owner, name)
+        if kind == "hook":
+            part.register_forward_hook(lambda *_: None)
+        elif kind == "class":
+            setattr(owner, name, Adapted(part.in_features, part.out_features, bias=False))
+        elif kind == "forward":
+            part.forward = part.forward
+        else:
+            part.weight = nn.Parameter(part.weight.double())
+
+
+@pytest.mark.parametrize("kind", ["hook", "class", "forward", "type"])
+def test_anything_unusual_stays_as_it_is(kind):
+    model = random_llama(layers=2)
+    spoiled(kind, model)
+    fused = {module for module, _ in Fusion(ModelAdapter(model), 1, products=True).products}
+    first, second = (model.model.layers[i] for i in (0, 1))
+    assert not fused & {first.self_attn.q_proj, first.self_attn.k_proj, first.mlp}
+    assert {second.self_attn.q_proj, second.self_attn.k_proj, second.mlp} <= fused
+
+
+def test_an_mlp_that_computes_something_else_stays(monkeypatch):
+    model = random_llama(layers=1)
+    mlp = model.model.layers[0].mlp
+    monkeypatch.setattr(type(mlp), "forward", lambda self, x: self.down_proj(self.act_fn(self.gate_proj(x))))
+    fused = {module for module, _ in Fusion(ModelAdapter(model), 1, products=True).products}
+    assert mlp not in fused
+
+
+def test_one_trial_a_process(monkeypatch):
+    known, tried = {}, []
+    monkeypatch.setattr(product_trial, "choices", lambda: known)
+    monkeypatch.setattr(product_trial, "trial", lambda work, sites, tokens: tried.append(tokens))
+    model = random_llama(layers=2)
+    for _ in range(2):
+        assert not Fusion(ModelAdapter(model), 1, products=True).products
+    assert len(tried) == 4  # q k v, gate and up, down, o
+
+
+def test_a_kernel_that_disagrees_is_not_taken():
+    def work(linears, x, tile):
+        return [linears[0](x) + (tile is not None)]
+
+    with torch.no_grad():
+        assert product_trial.trial(work, [[nn.Linear(8, 4)]], 1) is None
+
+
+def test_every_family_can_be_looked_at():
+    for name in FAMILIES:
+        Fusion(ModelAdapter(random_model(name)), 1, products=True)
+
+
+def test_layers_of_two_widths_are_not_joined():
+    module = nn.Module()
+    module.q_proj, module.k_proj = nn.Linear(8, 4), nn.Linear(6, 4)
+    assert plain_linears(module, ("q_proj", "k_proj")) == []
+    assert plain_linears(module, ("q_proj", "v_proj")) == []
