@@ -20,6 +20,9 @@ from ..cache.layout import KVLayout
 from ..cache.selection import Selection, Workspace
 
 URGENT = -1  # stream priority; torch's default is 0, the lowest
+# Of predictions and their gathers. The model's products fill every SM with thread blocks; at equal priority a
+# short kernel of the next layer's prediction would wait for the last of them to start (20 to 90 us).
+AHEAD = -2
 
 # (layer index, its predecessor's input [B, 1, E], the predecessor's keyword arguments)
 # -> (query [B, Hq, D], softmax scale)
@@ -58,9 +61,8 @@ class Prefetcher:
         if self.on_gpu:
             # A graph's kernels keep the priority of the streams they were captured on: a step that runs
             # beside a prefill gets the next free SM, not the one after all of the prefill's blocks.
-            self.side_stream, self.copy_stream, self.capture_stream = (
-                torch.cuda.Stream(device, priority=URGENT) for _ in range(3)
-            )
+            self.side_stream, self.copy_stream = (torch.cuda.Stream(device, priority=AHEAD) for _ in range(2))
+            self.capture_stream = torch.cuda.Stream(device, priority=URGENT)
 
     def before_layer(self, index: int, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
         """Called with layer `index`'s input [B, 1, E]: start the prediction for the layer after it."""
