@@ -19,6 +19,7 @@ from .forwards import replaced
 from .kernels.rms_norm import rms_norm
 from .kernels.rotary import rotate
 from .products import product_forwards
+from .residuals import residual_forwards
 
 TRIAL_TOKENS = 2
 
@@ -27,10 +28,13 @@ class Fusion:
     """What of a model can be fused, found once; nothing on a CPU.
 
     tokens: of a decode step, one a sequence. products: whether its matrix products are too
-    (products.py); None where they are in 16 bits on a GPU.
+    (products.py); None where they are in 16 bits on a GPU. residuals: whether such products also
+    add the residuals of plain layers (residuals.py).
     """
 
-    def __init__(self, adapter: ModelAdapter, tokens: int, products: bool | None = None) -> None:
+    def __init__(
+        self, adapter: ModelAdapter, tokens: int, products: bool | None = None, residuals: bool = True
+    ) -> None:
         on_gpu = adapter.device.type == "cuda"
         self.norms: list[Any] = []
         self.rotary: Any = None
@@ -38,7 +42,8 @@ class Fusion:
             self.norms = [module for module in adapter.base.modules() if is_plain_rms_norm(module)]
             self.rotary = rotary_module(adapter)
         wanted = on_gpu and adapter.dtype.itemsize == 2 if products is None else products
-        self.products = product_forwards(adapter, tokens) if wanted else []
+        self.products, singles = product_forwards(adapter, tokens) if wanted else ([], {})
+        self.layers = residual_forwards(adapter, singles, tokens) if residuals else []
 
     @contextmanager
     def applied(self, few_tokens: bool = True) -> Iterator[None]:
@@ -48,7 +53,7 @@ class Fusion:
         """
         pairs = [(norm, fused_norm(norm)) for norm in self.norms]
         if few_tokens:
-            pairs += self.products
+            pairs += [*self.products, *self.layers]
         with replaced(pairs), self._rotary_applied() if few_tokens else nullcontext():
             yield
 

@@ -47,6 +47,7 @@ class Joined:
         self.linears, self.tokens, self.tile, self.first_only = linears, tokens, tile, first_only
         self.source: torch.Tensor | None = None  # the input of `outs`; held, so that no other can pass for it
         self.outs: dict[int, torch.Tensor] = {}  # by place in linears; those not called for yet
+        self.residual: torch.Tensor | None = None  # what the next call of a single layer adds (residuals.py)
 
     def forwards(self) -> list[Replacement]:
         return [(linear, self._forward_of(place)) for place, linear in enumerate(self.linears)]
@@ -61,6 +62,9 @@ class Joined:
             return functional.linear(x, linear.weight, linear.bias)
         if self.first_only():
             return joint_products([linear], x, self.tile)[0]
+        if self.residual is not None:
+            residual, self.residual = self.residual, None
+            return products(x, [linear.weight], [linear.bias], residual, self.tile)[0]
         if self.source is not x or place not in self.outs:
             self.source, self.outs = x, dict(enumerate(joint_products(self.linears, x, self.tile)))
         out = self.outs.pop(place)
@@ -143,10 +147,13 @@ def computes_the_same(mlp: Any, forward: Callable[[torch.Tensor], torch.Tensor],
         return isinstance(theirs, torch.Tensor) and agree(forward(x), theirs)
 
 
-def product_forwards(adapter: ModelAdapter, tokens: int) -> list[Replacement]:
-    """Forwards for a step of `tokens` tokens, where they are faster than the modules' own."""
+def product_forwards(adapter: ModelAdapter, tokens: int) -> tuple[list[Replacement], dict[nn.Linear, Joined]]:
+    """Forwards for a step of `tokens` tokens, where they are faster than the modules' own.
+
+    Also returns those last layers of attention modules and MLPs that can add a residual.
+    """
     if not tiles(tokens):
-        return []
+        return [], {}
     mlps = gated_modules(adapter)
     found = gated_forwards(mlps, tokens)
     queries = [(attention, plain_linears(attention, QKV)) for attention in adapter.attentions]
@@ -157,10 +164,10 @@ def product_forwards(adapter: ModelAdapter, tokens: int) -> list[Replacement]:
         (attention, plain_linears(attention, (name,))) for attention in adapter.attentions for name in OUTPUT
     ]
     lasts += [(mlp, plain_linears(mlp, ("down_proj",))) for mlp, _ in mlps]
+    singles: dict[nn.Linear, Joined] = {}
     for sites, tile in tiled("product", joint_products, lasts, tokens):
-        for _, linears in sites:
-            found += Joined(linears, tokens, tile).forwards()
-    return found
+        singles |= {linears[0]: Joined(linears, tokens, tile) for _, linears in sites}
+    return found + [pair for single in singles.values() for pair in single.forwards()], singles
 
 
 def tiled(name: str, work: Work, sites: Iterable[Site], tokens: int) -> Iterator[tuple[list[Site], Tile]]:

@@ -12,11 +12,13 @@ from offload_runtime.fusion import Fusion
 from offload_runtime.kernels.gated import gated_triton
 from offload_runtime.kernels.products import products_reference, products_triton
 from offload_runtime.products import Joined, plain_linears
+from offload_runtime.residuals import added
 
 from .architectures import FAMILIES, random_model
 from .models import logits_of, offloaded, random_ids, random_llama
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "mlp", "down_proj"}
+PLAIN_LAYERS = {"llama3 rope", "qwen2, biases", "mixtral", "phi3"}  # granite scales, gemma2 norms again
 FUSED = {
     "llama3 rope": LLAMA,
     "qwen2, biases": LLAMA,
@@ -52,12 +54,14 @@ def test_what_is_fused_and_that_it_computes_the_same(name):
     found = names_of(model, fusion.products)
     assert set(found) == FUSED[name]
     assert len(found) == len(FUSED[name]) * len(adapter.layers)
+    assert len(fusion.layers) == len(adapter.layers) * (name in PLAIN_LAYERS)
     expected = step(model, adapter, ids)
     with fusion.applied():
         assert torch.equal(step(model, adapter, ids), expected)
         other = random_ids(1, batch=3)  # not the number of tokens that it was made for
-        assert torch.isfinite(step(model, adapter, other)).all()
-    assert all("forward" not in vars(module) for module, _ in fusion.products)
+        as_fused = step(model, adapter, other)
+    assert torch.equal(step(model, adapter, other), as_fused)
+    assert all("forward" not in vars(module) for module, _ in fusion.products + fusion.layers)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -99,7 +103,7 @@ def test_one_launch_makes_q_k_and_v_and_a_prediction_only_q(monkeypatch):
 
     def counted(x, weights, *rest, **options):
         launches.append(len(weights))
-        return products_reference(x, weights, *rest)
+        return products_reference(x, weights, *rest[:2])
 
     model = random_llama(layers=2)
     adapter, ids = ModelAdapter(model), random_ids(1)
@@ -159,7 +163,8 @@ def spoiled(kind, model):
 def test_anything_unusual_stays_as_it_is(kind):
     model = random_llama(layers=2)
     spoiled(kind, model)
-    fused = {module for module, _ in Fusion(ModelAdapter(model), 1, products=True).products}
+    fusion = Fusion(ModelAdapter(model), 1, products=True, residuals=False)
+    fused = {module for module, _ in fusion.products}
     first, second = (model.model.layers[i] for i in (0, 1))
     assert not fused & {first.self_attn.q_proj, first.self_attn.k_proj, first.mlp}
     assert {second.self_attn.q_proj, second.self_attn.k_proj, second.mlp} <= fused
@@ -171,6 +176,23 @@ def test_an_mlp_that_computes_something_else_stays(monkeypatch):
     monkeypatch.setattr(type(mlp), "forward", lambda self, x: self.down_proj(self.act_fn(self.gate_proj(x))))
     fused = {module for module, _ in Fusion(ModelAdapter(model), 1, products=True).products}
     assert mlp not in fused
+
+
+def test_a_layer_that_computes_something_else_keeps_its_residuals(monkeypatch):
+    model = random_llama(layers=2)
+    attention = model.model.layers[0].self_attn
+    plain = attention.forward
+    attention.forward = lambda *arguments, **keywords: (plain(*arguments, **keywords)[0] * 1.0, None)
+    fusion = Fusion(ModelAdapter(model), 1, products=True)
+    assert [layer for layer, _ in fusion.layers] == [model.model.layers[1]]
+    assert not Fusion(ModelAdapter(model), 1, products=True, residuals=False).layers
+
+
+def test_a_residual_that_no_product_took_is_added():
+    last, half = Joined([nn.Linear(4, 4)], 1, None), torch.randn(2, 1, 4)
+    residual = torch.randn(2, 1, 4)
+    assert torch.equal(added(last, residual, lambda: half), residual + half)
+    assert last.residual is None
 
 
 def test_one_trial_a_process(monkeypatch):

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from offload_runtime import OffloadedModel, RuntimeConfig
 from offload_runtime.prefetch.kept_inputs import KeptInputs
 
-from .models import identity_calibration, logits_of, random_ids, random_llama
+from .models import identity_calibration, logits_of, offloaded, random_ids, random_llama
 
 
 def test_first_a_copy_then_the_input_itself():
@@ -41,8 +40,8 @@ def test_inputs_without_a_version_are_copied():
 @pytest.mark.parametrize("prefetch", ["correct", "predict"])
 def test_a_step_leaves_nothing_behind(device, prefetch):
     model = random_llama(device=device)
-    config = RuntimeConfig(ctx=4096, sinks=4, recent=16, budget=24, prefetch=prefetch)
-    runtime = OffloadedModel(model, config, calibration=identity_calibration(model))
+    runtime = offloaded(model, budget=24, prefetch=prefetch)
+    runtime.calibration = identity_calibration(model)
     logits_of(runtime.generate, random_ids(200, device=device), 4)
     inputs = runtime._session.prefetcher.inputs
     assert inputs.unwritten == runtime._session.prefetcher.predicted_layers
