@@ -10,8 +10,8 @@ from offload_runtime import decode, product_trial, products
 from offload_runtime.adapter import AttentionCall, ModelAdapter
 from offload_runtime.fusion import Fusion
 from offload_runtime.kernels.gated import gated_triton
-from offload_runtime.kernels.products import products_reference, products_triton
-from offload_runtime.products import Joined, plain_linears
+from offload_runtime.kernels.products import products_reference, products_triton, tiles
+from offload_runtime.products import Joined, joint_products, plain_linears
 from offload_runtime.residuals import added
 
 from .architectures import FAMILIES, random_model
@@ -223,3 +223,57 @@ def test_layers_of_two_widths_are_not_joined():
     module.q_proj, module.k_proj = nn.Linear(8, 4), nn.Linear(6, 4)
     assert plain_linears(module, ("q_proj", "k_proj")) == []
     assert plain_linears(module, ("q_proj", "v_proj")) == []
+
+
+@pytest.fixture
+def tiles_win(monkeypatch):
+    """On a GPU, where tiny products are timed, the first tile is always taken."""
+    monkeypatch.setattr(product_trial, "choices", dict)
+    monkeypatch.setattr(product_trial, "time_ms", lambda work, sites, x, tile: float(tile is None))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 3])
+def test_bits_on_a_gpu_do_not_depend_on_prefetch_or_graph(tiles_win, batch):
+    model, ids = (
+        random_llama(device="cuda", layers=4, dtype=torch.bfloat16),
+        random_ids(500, batch, device="cuda"),
+    )
+    runs = []
+    for prefetch, cuda_graph in (("off", False), ("off", True), ("correct", False), ("correct", True)):
+        runtime = offloaded(model, budget=24, slots=40, prefetch=prefetch, cuda_graph=cuda_graph)
+        for _ in range(2):
+            runs.append(logits_of(runtime.generate, ids, 12)[1])
+        fusion = runtime._session.decoder.fusion
+        assert set(names_of(model, fusion.products)) == LLAMA
+        assert len(fusion.layers) == 4
+    assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_kernels_in_models_on_a_gpu(tiles_win, name, batch):
+    """The yardstick is bfloat16's own noise: the same step in float32."""
+    model = random_model(name, "cuda")
+    ids = random_ids(1, batch, device="cuda")
+    exact = step(model, ModelAdapter(model), ids)
+    adapter = ModelAdapter(model.bfloat16())
+    plain = step(model, adapter, ids).float()
+    fusion = Fusion(adapter, batch)
+    assert set(names_of(model, fusion.products)) == FUSED[name]
+    with fusion.applied():
+        fused = step(model, adapter, ids).float()
+    assert (fused - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
+@pytest.mark.gpu
+def test_the_trial_of_a_real_shape_ends(monkeypatch):
+    monkeypatch.setattr(product_trial, "choices", dict)
+    kind = {"device": "cuda", "dtype": torch.bfloat16}
+    sites = [[nn.Linear(1024, n, bias=False, **kind) for n in (1024, 256, 256)]] * 2
+    x = torch.randn(1, 1, 1024, **kind)
+    with torch.no_grad():
+        for tile in (None, tiles(1)[0]):
+            assert 0 < product_trial.time_ms(joint_products, sites, x, tile) < 5
+        assert product_trial.choose_tile("test", joint_products, sites, 1) in (None, *tiles(1))
