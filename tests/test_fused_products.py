@@ -213,6 +213,13 @@ def test_a_kernel_that_disagrees_is_not_taken():
         assert product_trial.trial(work, [[nn.Linear(8, 4)]], 1) is None
 
 
+def test_the_usual_tile_unless_another_is_clearly_faster():
+    usual, other, _ = tiles(1)
+    assert product_trial.fastest({usual: 1.0, other: 0.97, None: 0.98}) == usual
+    assert product_trial.fastest({usual: 1.0, other: 0.90, None: 0.93}) == other
+    assert product_trial.fastest({usual: 1.0, other: 0.90, None: 0.80}) is None
+
+
 def test_every_family_can_be_looked_at():
     for name in FAMILIES:
         Fusion(ModelAdapter(random_model(name)), 1, products=True)
