@@ -4,7 +4,7 @@ dense: all KV on the GPU, flash decode, the whole step in a CUDA graph: the limi
 streaming: each layer's whole KV over the link, double-buffered, flash decode: FlexGen's idea, perfect.
 hf-dense, hf-offloaded: transformers' DynamicCache as users call it, with and without offloading.
 
-dense and streaming get the fused norms and rotary embedding that ours has. Streaming is not
+dense and streaming get the fused norms, rotary embedding and products that ours has. Streaming is not
 in a graph: it waits for the link, not for Python.
 """
 
@@ -58,10 +58,10 @@ def step_inputs(adapter: ModelAdapter, ctx: int, batch: int) -> tuple[torch.Tens
 
 @contextmanager
 def decoding(
-    adapter: ModelAdapter, handlers: list[Callable[[AttentionCall], torch.Tensor]]
+    adapter: ModelAdapter, handlers: list[Callable[[AttentionCall], torch.Tensor]], batch: int
 ) -> Iterator[None]:
     """The model with these attention handlers and what else our own decode step does to it."""
-    with adapter.handled_by(handlers), Fusion(adapter).applied(), capturable_experts(adapter.model):
+    with adapter.handled_by(handlers), Fusion(adapter, batch).applied(), capturable_experts(adapter.model):
         yield
 
 
@@ -78,7 +78,7 @@ def dense_times(adapter: ModelAdapter, ctx: int, batch: int, steps: int) -> list
         return handle
 
     inputs = step_inputs(adapter, ctx, batch)
-    with decoding(adapter, [handler_for(rows) for rows in caches]):
+    with decoding(adapter, [handler_for(rows) for rows in caches], batch):
         for _ in range(WARM_STEPS):
             forward(adapter, *inputs)
         if adapter.device.type != "cuda":
@@ -140,7 +140,7 @@ def streaming_times(adapter: ModelAdapter, ctx: int, batch: int, steps: int, sto
 
     inputs = step_inputs(adapter, ctx, batch)
     streaming.fetch(0)
-    with decoding(adapter, [handler_for(layer) for layer in range(len(adapter.layers))]):
+    with decoding(adapter, [handler_for(layer) for layer in range(len(adapter.layers))], batch):
         forward(adapter, *inputs)
         times = [step_ms(lambda: forward(adapter, *inputs), adapter.device) for _ in range(steps)]
     if streaming.on_gpu:

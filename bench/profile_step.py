@@ -1,6 +1,7 @@
 """Where the microseconds of one decode step go.
 
     python -m bench.profile_step --ctx 262144 --setting 2048:correct --out bench/results/profile.json
+    python -m bench.profile_step ... --without-products   # torch's own matrix products, for an A/B
 
 Prints every kernel's share of a step and the kernels of one middle layer in
 the order in which they started, with their stream.
@@ -20,6 +21,8 @@ from offload_runtime.adapter import ModelAdapter
 from offload_runtime.bench.driven import DrivenSession
 from offload_runtime.bench.machine import machine
 from offload_runtime.bench.shapes import random_model
+from offload_runtime.fusion import Fusion
+from offload_runtime.product_trial import choices
 
 STEPS = 3
 SETTLE_STEPS = 6  # compile, capture, and let the resident set reach its steady state
@@ -69,6 +72,7 @@ def main() -> None:
     parser.add_argument("--ctx", type=int, default=262144)
     parser.add_argument("--setting", default="2048:correct", help="budget:prefetch[:new rows]")
     parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--without-products", action="store_true", help="torch's own matrix products")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     adapter = ModelAdapter(random_model(options.shape, options.ctx))
@@ -77,6 +81,8 @@ def main() -> None:
     config = RuntimeConfig(ctx=options.ctx, budget=budget, prefetch=mode, new_rows=new_rows)
     with torch.no_grad():
         session = DrivenSession(adapter, config, 1)
+        if options.without_products:
+            session.decoder.fusion = Fusion(adapter, 1, products=False)
         session.restart(SETTLE_STEPS + STEPS)
         for _ in range(SETTLE_STEPS):
             session.advance()
@@ -87,7 +93,15 @@ def main() -> None:
     for row in table[: options.rows]:
         print(f"{row['us_per_step']:9.1f} us {row['launches']:6.1f} x  s{row['stream']:<4} {row['kernel']}")
     print("\n".join(timeline))
-    report = {"setting": options.setting, "machine": machine(), "us_per_step": span, "kernels": table}
+    tiles = {f"{key[0]} {key[1]}": tile for key, tile in choices().items()}  # None: torch's own was faster
+    print("\n".join(f"{name}: {tile or 'own'}" for name, tile in tiles.items()))
+    report = {
+        "setting": options.setting,
+        "tiles": tiles,
+        "machine": machine(),
+        "us_per_step": span,
+        "kernels": table,
+    }
     options.out.write_text(json.dumps(report | {"middle_layer": timeline}, indent=1) + "\n")
     options.out.with_suffix(".trace.json").unlink()
 

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from .architectures import length_rotary, rotary_kinds
 from .errors import UserError
+from .forwards import replaced
 from .model_check import check_config
 
 IMPLEMENTATION = "ds_offload"
@@ -201,13 +202,10 @@ class ModelAdapter:
         # nn.Linear and the packed forms of bitsandbytes and torchao say how wide their output is.
         unused: list[Any] = [part for part in projections if hasattr(part, "out_features")]
         try:
-            for projection in unused:
-                projection.forward = unfilled_output(projection)
-            attention(hidden_states=hidden if norm is None else norm(hidden), **keywords)
+            with replaced([(projection, unfilled_output(projection)) for projection in unused]):
+                attention(hidden_states=hidden if norm is None else norm(hidden), **keywords)
         except QueryReady as ready:
             return ready.query, ready.scale
         finally:
             attention.offload_handler = handler
-            for projection in unused:
-                projection.__dict__.pop("forward", None)
         raise UserError(f"{type(attention).__name__} does not use transformers' attention interface")

@@ -40,7 +40,7 @@ class DecodeLoop:
         self.adapter, self.caches, self.state, self.prefetcher = adapter, caches, state, prefetcher
         batch = state.lengths.shape[0]
         self.token_ids = torch.zeros(batch, 1, dtype=torch.long, device=adapter.device)
-        self.fusion = Fusion(adapter)
+        self.fusion = Fusion(adapter, batch)
         self.use_graph = use_graph and adapter.device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = False

@@ -6,7 +6,7 @@ the fused form agrees with the model's own; every other one stays as it is.
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -14,42 +14,60 @@ import torch
 from torch import nn
 
 from .adapter import ModelAdapter
+from .agreement import agree
+from .forwards import replaced
 from .kernels.rms_norm import rms_norm
 from .kernels.rotary import rotate
+from .products import product_forwards
+from .residuals import residual_forwards
 
-# Trials agree to a few roundings of the model's type: the order of a sum may differ, the formula may not.
-TRIAL_ROUNDINGS = 4
 TRIAL_TOKENS = 2
 
 
 class Fusion:
-    """What of a model can be fused, found once; nothing on a CPU."""
+    """What of a model can be fused, found once; nothing on a CPU.
 
-    def __init__(self, adapter: ModelAdapter) -> None:
+    tokens: of a decode step, one a sequence. products: whether its matrix products are too
+    (products.py); None where they are in 16 bits on a GPU. residuals: whether such products also
+    add the residuals of plain layers (residuals.py).
+    """
+
+    def __init__(
+        self, adapter: ModelAdapter, tokens: int, products: bool | None = None, residuals: bool = True
+    ) -> None:
+        on_gpu = adapter.device.type == "cuda"
         self.norms: list[Any] = []
         self.rotary: Any = None
-        if adapter.device.type == "cuda":
+        if on_gpu:
             self.norms = [module for module in adapter.base.modules() if is_plain_rms_norm(module)]
             self.rotary = rotary_module(adapter)
+        wanted = on_gpu and adapter.dtype.itemsize == 2 if products is None else products
+        self.products, singles = product_forwards(adapter, tokens) if wanted else ([], {})
+        self.layers = residual_forwards(adapter, singles, tokens) if residuals else []
 
     @contextmanager
-    def applied(self, rotary: bool = True) -> Iterator[None]:
-        """Put the fused forms in place until the context ends.
+    def applied(self, few_tokens: bool = True) -> Iterator[None]:
+        """Put the fused forms in place until the context ends; may be entered within itself.
 
-        rotary: also that of rotary embeddings, which is made for few tokens.
+        few_tokens: also those that are made for a decode step: rotary embeddings and products.
         """
-        plain = None if self.rotary is None else self.rotary.apply_rotary_pos_emb
+        pairs = [(norm, fused_norm(norm)) for norm in self.norms]
+        if few_tokens:
+            pairs += [*self.products, *self.layers]
+        with replaced(pairs), self._rotary_applied() if few_tokens else nullcontext():
+            yield
+
+    @contextmanager
+    def _rotary_applied(self) -> Iterator[None]:
+        if self.rotary is None:
+            yield
+            return
+        plain = self.rotary.apply_rotary_pos_emb
+        self.rotary.apply_rotary_pos_emb = fused_rotary(plain)
         try:
-            for norm in self.norms:
-                norm.forward = fused_norm(norm)
-            if self.rotary is not None and rotary:
-                self.rotary.apply_rotary_pos_emb = fused_rotary(plain)
             yield
         finally:
-            for norm in self.norms:
-                norm.__dict__.pop("forward", None)
-            if self.rotary is not None:
-                self.rotary.apply_rotary_pos_emb = plain
+            self.rotary.apply_rotary_pos_emb = plain
 
 
 def fused_norm(norm: Any) -> Any:
@@ -64,14 +82,6 @@ def fused_rotary(plain: Any) -> Any:
         return rotate(q, k, cos, sin)
 
     return turn
-
-
-def agree(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Whether two results differ by roundings only."""
-    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-        return False
-    tolerance = TRIAL_ROUNDINGS * torch.finfo(ours.dtype).eps
-    return torch.allclose(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance)
 
 
 def is_plain_rms_norm(module: nn.Module) -> bool:

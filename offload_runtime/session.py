@@ -141,7 +141,7 @@ class Session:
                 self.backend,
             )
             fresh = prompt[kept[index] :].to(self.adapter.device)
-            with self.decoder.fusion.applied(rotary=False):
+            with self.decoder.fusion.applied(few_tokens=False):
                 logits.append(run.run(fresh[None]))
             finished += run.done
             self.pinned_wait_s += run.pinned_wait_s
@@ -173,7 +173,7 @@ class Session:
             on_progress,
             self.backend,
         )
-        with self.decoder.fusion.applied(rotary=False):
+        with self.decoder.fusion.applied(few_tokens=False):
             return run.run(prompt.to(self.adapter.device)[None])
 
     def fill_place(self, place: int, length: int, new_tokens: int) -> None:

@@ -1,10 +1,9 @@
 """The layer-ahead prefetcher: predict, select and fetch for layer i+1 while layer i computes.
 
-All streams and events of decoding are here. Layer i's input is copied to one of
-two buffers; a side stream turns it into layer i+1's query, selects by label and
-finds the missing rows, and a copy stream gathers them, so that the next
-prediction need not wait for this one's rows. Rows that layer i itself fetches
-late go over the link first. In mode "correct", layer i+1 makes the true selection
+All streams and events of decoding are here. Layer i's input is kept; a side stream turns
+it into layer i+1's query, selects by label and finds the missing rows, and a copy stream
+gathers them, so that the next prediction need not wait for this one's rows. Rows that
+layer i itself fetches late go over the link first. In mode "correct", layer i+1 makes the true selection
 beside that gather, waits for it and fetches only what the prediction missed;
 in mode "predict" (the paper's DS-Offload) it waits for the gather and attends to
 the predicted selection as it is.
@@ -18,8 +17,12 @@ import torch
 from ..cache.layer_cache import PREDICTED, TRUE, LayerCache
 from ..cache.layout import KVLayout
 from ..cache.selection import Selection, Workspace
+from .kept_inputs import KeptInputs
 
 URGENT = -1  # stream priority; torch's default is 0, the lowest
+# Of predictions and their gathers. The model's products fill every SM with thread blocks; at equal priority a
+# short kernel of the next layer's prediction would wait for the last of them to start (20 to 90 us).
+AHEAD = -2
 
 # (layer index, its predecessor's input [B, 1, E], the predecessor's keyword arguments)
 # -> (query [B, Hq, D], softmax scale)
@@ -51,23 +54,22 @@ class Prefetcher:
         # Double-buffered: layer i+1's prediction is made while layer i's is in use.
         self.side_works = (Workspace(layout, device), Workspace(layout, device))
         self.predictions = (Selection(layout, device), Selection(layout, device))
-        self.inputs: list[torch.Tensor | None] = [None, None]
+        self.inputs = KeptInputs()
         self.on_gpu = device.type == "cuda"
         self.ready, self.chosen, self.done, self.fetched = (events(caches, self.on_gpu) for _ in range(4))
         self.capture_stream: torch.cuda.Stream | None = None
         if self.on_gpu:
             # A graph's kernels keep the priority of the streams they were captured on: a step that runs
             # beside a prefill gets the next free SM, not the one after all of the prefill's blocks.
-            self.side_stream, self.copy_stream, self.capture_stream = (
-                torch.cuda.Stream(device, priority=URGENT) for _ in range(3)
-            )
+            self.side_stream, self.copy_stream = (torch.cuda.Stream(device, priority=AHEAD) for _ in range(2))
+            self.capture_stream = torch.cuda.Stream(device, priority=URGENT)
 
     def before_layer(self, index: int, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
         """Called with layer `index`'s input [B, 1, E]: start the prediction for the layer after it."""
         target = index + 1
         if target not in self.predicted_layers:
             return
-        kept = self._keep_input(index, hidden)
+        kept = self.inputs.keep(target, hidden)
         if self.on_gpu:
             self.ready[target].record()
             with torch.cuda.stream(self.side_stream):
@@ -100,14 +102,6 @@ class Prefetcher:
         if self.delay_cycles:
             torch.cuda._sleep(self.delay_cycles)
 
-    def _keep_input(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """A copy that outlives the layer: its own memory is reused on the main stream."""
-        buffer = self.inputs[index % 2]
-        if buffer is None or buffer.shape != hidden.shape:
-            buffer = torch.empty_like(hidden)
-            self.inputs[index % 2] = buffer
-        return buffer.copy_(hidden)
-
     def _predict(self, target: int, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
         """Select for layer `target` by its predicted query and give the missing rows slots."""
         query, scale = self.predict_query(target, hidden, arguments)
@@ -135,6 +129,8 @@ class Prefetcher:
             cache.gather(self.work)
             if index + 1 in self.predicted_layers:
                 self._after_late_rows(index)
+        if predicted:
+            self.inputs.release(index)  # the main stream has waited for what read it
         cache.keep(selection)
         return selection
 

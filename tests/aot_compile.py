@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from offload_runtime.kernels.masked_prefill import TILES
+from offload_runtime.kernels.products import FEW_TOKENS, MOST_TOKENS, ONE_TOKEN, Tile
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,41 @@ def masked_prefill(dtype: str, dim: int, dim_pad: int, window: bool) -> Case:
     )
 
 
+def product_sizes(width: int, tile: Tile, one_token: bool) -> dict:
+    sizes = {"WIDTH": width, "ROWS": tile.rows, "BLOCK": tile.block, "UPCAST": False}
+    return sizes | {"TOKENS_PAD": 1 if one_token else MOST_TOKENS}
+
+
+def products(dtype: str, width: int, tile: Tile, one_token: bool, count: int = 3) -> Case:
+    names = [f"{part}_{i}" for part in ("weight", "bias", "out") for i in range(count)]
+    unused = [f"{part}_{i}" for part in ("weight", "bias", "out") for i in range(count, 3)]
+    if count > 1:
+        unused.append("residual")
+    else:
+        names.append("residual")
+    sizes = product_sizes(width, tile, one_token) | dict.fromkeys(unused, None)
+    pointers = dict.fromkeys(["x", *names], f"*{dtype}")
+    return Case(
+        "products", "_products_kernel", pointers, sizes, wide=True,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def gated(dtype: str, width: int, tile: Tile, one_token: bool, silu: bool) -> Case:
+    sizes = product_sizes(width, tile, one_token) | {"SILU": silu, "gate_bias": None, "up_bias": None}
+    pointers = dict.fromkeys(("x", "gate", "up", "out"), f"*{dtype}")
+    return Case(
+        "gated", "_gated_kernel", pointers, sizes, wide=True,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
 CASES = [
+    *(products("bf16", 4096, tile, one_token=True) for tile in ONE_TOKEN),
+    *(products("fp16", 14336, tile, one_token=False, count=1) for tile in FEW_TOKENS),
+    products("bf16", 3584, ONE_TOKEN[0], one_token=True, count=1),
+    *(gated("bf16", 4096, tile, one_token=True, silu=True) for tile in ONE_TOKEN),
+    *(gated("bf16", 3584, tile, one_token=False, silu=False) for tile in FEW_TOKENS),
     masked_prefill("bf16", 64, 64, window=False),
     masked_prefill("fp16", 80, 128, window=True),
     masked_prefill("bf16", 128, 128, window=True),

@@ -37,15 +37,16 @@ def test_rotary(device, heads, kv_heads, batch, tokens, dim):
 
 
 def test_nothing_is_fused_on_a_cpu():
-    fusion = Fusion(ModelAdapter(random_llama()))
+    fusion = Fusion(ModelAdapter(random_llama()), 1)
     assert not fusion.norms
     assert fusion.rotary is None
+    assert not fusion.products
 
 
 @pytest.mark.gpu
 def test_llama_is_fused_and_restored():
     model = random_llama(device="cuda")
-    fusion = Fusion(ModelAdapter(model))
+    fusion = Fusion(ModelAdapter(model), 1)
     assert len(fusion.norms) == 2 * model.config.num_hidden_layers + 1
     plain = fusion.rotary.apply_rotary_pos_emb
     with fusion.applied():
