@@ -198,11 +198,13 @@ class OffloadedModel:
         self._calibration_s = time.perf_counter() - began
         return calibration
 
-    def _plan(self, batch: int, capacity: int) -> RuntimeConfig:
+    def _plan(self, batch: int, capacity: int, continuous: bool = False) -> RuntimeConfig:
         """The config of a session that fits; its rows' memory is in the making from here on."""
         free_unused(self.model.device)
         idle = self._memory.idle_bytes
-        config, layout, self.fitted = plan_session(self.config, self.adapter, batch, capacity, idle)
+        config, layout, self.fitted = plan_session(
+            self.config, self.adapter, batch, capacity, idle, continuous
+        )
         for note in self.fitted:
             warnings.warn(note, stacklevel=2)
         if config.placement == "host":
@@ -264,7 +266,7 @@ class OffloadedModel:
             )
         no_prompt = torch.empty(0, dtype=torch.long)
         self._session = None
-        config = self._plan(places, capacity)
+        config = self._plan(places, capacity, continuous=True)
         calibration = self.calibration_for(no_prompt if prompt is None else prompt, capacity)
         return ContinuousBatch(self._new_session(config, calibration, places, capacity), overlap)
 

@@ -66,12 +66,13 @@ def fitting_slots(config: RuntimeConfig, plan: Plan, plan_of: PlanOf) -> int:
 
 
 def plan_session(
-    config: RuntimeConfig, adapter: ModelAdapter, batch: int, capacity: int, idle_host_bytes: int = 0
+    config: RuntimeConfig, adapter: ModelAdapter, batch: int, capacity: int, idle_host_bytes: int = 0,
+    continuous: bool = False,
 ) -> tuple[RuntimeConfig, KVLayout, list[str]]:
     """A session's config, its placement and chunk decided, its layout, and what was shrunk.
 
     RunError if it does not fit. The model is loaded already, so its weights are part of what is
-    not free. idle_host_bytes: in use, but for this session to take or to free.
+    not free. idle_host_bytes: in use, but for this session to take or to free. continuous: as in make_plan.
     """
     free, loaded = measure(str(adapter.device)), Weights(0, 0)
     free = replace(free, host=free.host + idle_host_bytes)
@@ -80,6 +81,7 @@ def plan_session(
         return make_plan(
             trial, adapter.model.config, free, adapter.device.type,
             tokens=capacity, batch=batch, dtype=adapter.dtype, weights=loaded,
+            continuous=continuous,
         )  # fmt: skip
 
     notes: list[str] = []
