@@ -66,7 +66,11 @@ def fitting_slots(config: RuntimeConfig, plan: Plan, plan_of: PlanOf) -> int:
 
 
 def plan_session(
-    config: RuntimeConfig, adapter: ModelAdapter, batch: int, capacity: int, idle_host_bytes: int = 0,
+    config: RuntimeConfig,
+    adapter: ModelAdapter,
+    batch: int,
+    capacity: int,
+    idle_host_bytes: int = 0,
     continuous: bool = False,
 ) -> tuple[RuntimeConfig, KVLayout, list[str]]:
     """A session's config, its placement and chunk decided, its layout, and what was shrunk.

@@ -81,9 +81,7 @@ class Times:
     why: str
 
 
-def predict(
-    plan: Plan, weights: Weights, rates: Rates, traffic: Traffic, calibrated: bool = False
-) -> Times:
+def predict(plan: Plan, weights: Weights, rates: Rates, traffic: Traffic, calibrated: bool = False) -> Times:
     """Times of a plan on a GPU. calibrated: there is a calibration, so none is made from the prompt."""
     layout, tokens = plan.layout, plan.tokens
     kv_bytes = layout.layers * layout.heads * tokens * layout.row_bytes
