@@ -20,7 +20,7 @@ from .pinned import mapped, populate, register
 
 @dataclass(eq=False)
 class Region:
-    """One stretch of host memory. lease: None when it was never lent, or what returns None when it is back."""
+    """One stretch of host memory. lease: None if it was never lent, or what returns None once it is back."""
 
     nbytes: int
     pages: "Future[np.ndarray]"
@@ -95,12 +95,13 @@ class RowMemory:
         pages = self._populating.submit(self._populated, nbytes, small)
         region = Region(nbytes, self._registering.submit(self._registered, pages))
         self.regions.append(region)
-        region.pages.add_done_callback(lambda made: made.exception() and self._forget(region))
-        return region
 
-    def _forget(self, region: Region) -> None:
-        """A region that could not be made is of no use to anybody."""
-        self.regions = [each for each in self.regions if each is not region]
+        def forget_failed(made: "Future[np.ndarray]") -> None:
+            if made.exception() is not None:
+                self.regions = [each for each in self.regions if each is not region]
+
+        region.pages.add_done_callback(forget_failed)
+        return region
 
     def _populated(self, nbytes: int, freed: list[Region]) -> np.ndarray:
         freed.clear()

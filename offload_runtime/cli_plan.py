@@ -117,8 +117,8 @@ def print_tables(plan: Plan, times: Times | None, rates: Rates, name: str) -> No
     speed.add_row("TPOT, all KV on the GPU, sparse" + sparse, f"{1e3 * times.sparse_tpot:.1f} ms")
     speed.add_row(f"TPOT, offloaded, {times.miss_rate:.0%} missed", f"{1e3 * times.offload_tpot:.1f} ms")
     console.print(speed)
-    console.print(f"best here: {times.best}, {times.why}", highlight=False)
-    console.print(f"rates of {rates.origin}; other GPUs differ", style="dim", highlight=False)
+    console.print(f"best here: {times.best}, {times.why}", highlight=False, soft_wrap=True)
+    console.print(f"rates of {rates.origin}; other GPUs differ", style="dim", highlight=False, soft_wrap=True)
 
 
 def as_dict(plan: Plan, times: Times | None, rates: Rates) -> dict[str, Any]:

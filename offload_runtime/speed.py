@@ -62,7 +62,8 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds. ttft is the sum of its three parts (speed_prefill.py). *_tpot for: all KV in GPU memory read densely; the same read sparsely; offloaded.
+    """Seconds. ttft is the sum of its three parts (speed_prefill.py). *_tpot for: all KV in GPU memory
+    read densely; the same read sparsely; offloaded.
 
     best: "dense", "sparse" or "offload"; why: in one sentence.
     """
