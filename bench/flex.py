@@ -29,7 +29,8 @@ def attend_flex(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As split_attention.Attend; compiled on a GPU only."""
-    run: Callable[..., Any] = compiled() if query.is_cuda else flex_attention
+    plain: Any = flex_attention
+    run = compiled() if query.is_cuda else plain
     mask = causal_mask(query.shape[2], query.device) if causal else None
     out, more = run(
         query, key, value, block_mask=mask, scale=scale, enable_gqa=True, return_aux=AuxRequest(lse=True)
