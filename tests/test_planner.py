@@ -166,6 +166,23 @@ def test_predicted_ttft_against_what_was_measured(row) -> None:
     assert times.ttft == pytest.approx(times.ttft_calibration + times.ttft_compute + times.ttft_memory)
 
 
+STEPS = [row for row in json.loads(PREFILL.read_text())["rows"] if "measured_ms" in row]
+
+
+@pytest.mark.parametrize("row", STEPS, ids=lambda row: row["row"])
+def test_predicted_tpot_at_shorter_contexts(row) -> None:
+    """The same run's decode steps at 32,768 and 131,072 tokens: within 20 %, given the rows that moved."""
+    at, _, what = row["row"].removeprefix("a token at ").partition(": ")
+    weights, config = count_weights(LLAMA_8B), RuntimeConfig(ctx=int(at), budget=int(row.get("budget", 2048)))
+    plan = make_plan(config, LLAMA_8B, PLENTY, "cuda", weights=weights)
+    recall, mode = row.get("recall", 1.0), what.rsplit(" ", 1)[-1]
+    missed = row.get("moved_share", 0.0) / (2 - recall)
+    traffic = Traffic("off" if mode == "memory" else mode, None, missed, recall)
+    times = predict(plan, weights, Rates(), traffic)
+    kinds = {"dense": times.dense_tpot, "sparse": times.sparse_tpot, "offload,": times.offload_tpot}
+    assert 1e3 * kinds[what.split()[0]] == pytest.approx(row["measured_ms"], rel=0.2)
+
+
 def test_what_row_memory_costs() -> None:
     """A batch pins all sequences' rows before the first one's last layer; rows on the GPU cost nothing."""
     weights = count_weights(LLAMA_8B)
