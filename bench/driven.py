@@ -175,7 +175,6 @@ class DrivenSession(Session):
         self.decoder.graph = None
         self.caches.clear()
         self.offloaded.clear()
-        self.allocator.shutdown()
 
 
 def moved(start: torch.Tensor, noise: torch.Tensor, cosine: float) -> torch.Tensor:

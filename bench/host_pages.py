@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from offload_runtime.bench.machine import machine
-from offload_runtime.cache.pinned import register, touch
+from offload_runtime.cache.pinned import populate, register
 from offload_runtime.kernels.attention_trial import event_ms
 from offload_runtime.kernels.gather import gather_rows_triton
 from offload_runtime.kernels.gather_bulk import gather_bulk_available, gather_rows_bulk
@@ -40,7 +40,7 @@ def mapped(flags: int, huge: bool) -> torch.Tensor:
     if huge:
         region.madvise(mmap.MADV_HUGEPAGE)
     pages = np.frombuffer(region, dtype=np.uint8)
-    touch(pages)
+    populate(pages)
     register(pages)
     return torch.from_numpy(pages).view(torch.bfloat16).view(1, HEADS, TOKENS, ROW)
 

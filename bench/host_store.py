@@ -1,8 +1,6 @@
 """One pinned store of random rows that all settings of a shape read, because pinning 34 GB takes 11 s."""
 
-from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
 
 import torch
 
@@ -41,13 +39,13 @@ class HostStore:
 
 
 class HandedOut:
-    """In the place of a cache's allocator: hands out the store's regions, one a layer, in order."""
+    """In the place of a session's RowMemory: hands out the store's regions, one a layer, in order."""
 
     def __init__(self, store: HostStore, shape: tuple[int, ...]) -> None:
         self.views = iter([store.view(layer, shape) for layer in range(len(store.regions))])
 
-    def submit(self, _allocate: Callable[..., Any], *_: Any) -> "Future[torch.Tensor]":
-        """As an executor's: a future that holds the next region."""
+    def take(self, _shape: tuple[int, ...], _dtype: torch.dtype) -> "Future[torch.Tensor]":
+        """As RowMemory's: a future that holds the next region."""
         ready: Future[torch.Tensor] = Future()
         ready.set_result(next(self.views))
         return ready

@@ -4,8 +4,8 @@
     python -m bench.prefill --full --snapshot /tmp/doc --out bench/results/prefill.json
     python -m bench.prefill --full --shape toy --contexts 256 512 1024 --snapshot /tmp/toy --out /tmp/toy.json
 
-The first form times ONE layer's attention of a few chunks of the prompt, flash against
-cuDNN; the sum over all chunks is interpolated between those and says so. --full (with random
+The first form times ONE layer's attention of a few chunks of the prompt with every
+attention there is; the sum over all chunks is interpolated between those and says so. --full (with random
 weights: time, memory and agreement, never quality) writes a row for each of: first token at
 every context beside transformers' own prefill, a document saved, loaded and asked, the same
 on an emulated small card, planned against measured, and where the time goes.
@@ -25,14 +25,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from offload_runtime.bench.flex import flex_prefill_attention
 from offload_runtime.bench.machine import machine
 from offload_runtime.bench.plan_times import TimesOfPlan
 from offload_runtime.bench.prefill_full import PrefillBench
 from offload_runtime.bench.prefill_parts import run_document, run_ours, run_profile, run_theirs, run_whole
 from offload_runtime.bench.rows import Rows
 from offload_runtime.bench.shapes import random_model
-from offload_runtime.kernels.attention_trial import event_ms
-from offload_runtime.kernels.split_attention import cudnn_attention, flash_attention
+from offload_runtime.kernels.attention_trial import REASONS, candidates, event_ms
 from offload_runtime.prefill import GPU_CHUNK_TOKENS
 from offload_runtime.prefill_backend import PrefillBackend
 
@@ -40,7 +40,6 @@ LAYERS, HEADS, KV_HEADS, DIM = 32, 32, 8, 128  # of Llama-3.1-8B
 REPEATS = 3  # a chunk takes 1 to 100 ms; the spread is in the results
 # In order of worth, since rows that there is no time for are left out.
 PARTS = ("ours", "document", "theirs", "profile", "times", "offloaded", "whole")
-BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"flash": flash_attention, "cudnn": cudnn_attention}
 
 
 def chunk_flop(start: int, count: int) -> int:
@@ -64,8 +63,12 @@ def attention(ctx: int, chunk: int) -> dict[str, Any]:
         "chunk": chunk,
         "backends": {},
     }
-    for name, attend in BACKENDS.items():
-        lines = [time_chunk(attend, query, rows[:, : start + chunk], start) for start in starts]
+    for name, attend in (candidates() | {"flex": flex_prefill_attention}).items():
+        try:
+            lines = [time_chunk(attend, query, rows[:, : start + chunk], start) for start in starts]
+        except REASONS as error:
+            report["backends"][name] = {"failed": str(error)[:300]}
+            continue
         medians = [line["median_ms"] for line in lines]
         all_chunks = [interpolate(starts, medians, start) for start in range(0, ctx - chunk + 1, chunk)]
         whole_s = LAYERS * sum(all_chunks) / 1e3
@@ -150,6 +153,9 @@ def main() -> None:
         raise SystemExit("bench.prefill without --full needs a CUDA GPU")
     report: dict[str, Any] = {"machine": machine(), "attention": attention(options.ctx, options.chunk)}
     for name, backend in report["attention"]["backends"].items():
+        if "failed" in backend:
+            print(f"{name}: {backend['failed']}", flush=True)
+            continue
         whole_s, rate = backend["all_layers_all_chunks_s"], backend["tflop_s"]
         print(f"{name}: {whole_s:.1f} s, {rate:.0f} TFLOP/s (interpolated)", flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)

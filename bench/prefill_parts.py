@@ -32,6 +32,7 @@ def run_ours(bench: PrefillBench) -> None:
     add("ours, first run (compiles)", lambda: bench.ours(contexts[0]), 30)
     for ctx in contexts[:-1]:
         add(f"ours {ctx}", partial(bench.ours, ctx), bench.expected_s(ctx))
+    add(f"ours, a shorter prompt after {contexts[0]}", partial(bench.shorter, contexts[0]), 6)
 
 
 def run_theirs(bench: PrefillBench, offloading: bool) -> None:

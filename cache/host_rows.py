@@ -5,39 +5,33 @@ random gather runs at the link's speed only while its rows lie within about a
 GiB (address translation, measured).
 """
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from typing import Protocol
 
 import torch
 
 from .layout import KVLayout
-from .pinned import pinned_empty
+
+
+class Lender(Protocol):
+    """Who has host memory to lend, as RowMemory."""
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> "Future[torch.Tensor]": ...
 
 
 class HostRows:
-    """One layer's rows. `rows` waits for the allocation, which may run in the background.
+    """One layer's rows. `rows` waits for the memory, which may still be in the making.
 
-    place: "cpu", or the GPU that the model is on; pin: page-lock what is on the CPU.
+    place: "cpu", or the GPU that the model is on.
     """
 
-    def __init__(
-        self, layout: KVLayout, place: torch.device, pin: bool, allocator: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, layout: KVLayout, place: torch.device, memory: Lender) -> None:
         self.shape = (layout.batch, layout.kv_heads, layout.capacity, layout.row_elements)
-        self.dtype = layout.dtype
         self._pending: Future[torch.Tensor] = Future()
         if place.type == "cpu":
-            self._pending = allocator.submit(self._allocate, pin)
+            self._pending = memory.take(self.shape, layout.dtype)
         else:
-            self._pending.set_result(torch.empty(self.shape, dtype=self.dtype, device=place))
-
-    def _allocate(self, pin: bool) -> torch.Tensor:
-        if pin:
-            return pinned_empty(self.shape, self.dtype)
-        try:
-            return torch.empty(self.shape, dtype=self.dtype)
-        except RuntimeError as error:  # what PyTorch makes of a failed allocation on the CPU
-            size = torch.Size(self.shape).numel() * self.dtype.itemsize
-            raise MemoryError(f"cannot allocate {size / 1e9:.2f} GB of host memory for KV rows") from error
+            self._pending.set_result(torch.empty(self.shape, dtype=layout.dtype, device=place))
 
     @property
     def rows(self) -> torch.Tensor:

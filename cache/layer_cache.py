@@ -1,6 +1,5 @@
 """One layer's cache: append, choose (select and resolve), gather, attend. The path of a row."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from ..kernels.select_cluster import cluster_select_available, select_by_labels_
 from ..kernels.sparse_decode import sparse_attention
 from ..kernels.sticky import sticky_topk
 from ..kernels.topk import select_topk
-from .host_rows import HostRows
+from .host_rows import HostRows, Lender
 from .label_cache import LabelCache, LabelMaps
 from .layout import KVLayout
 from .resident_set import ResidentSet
@@ -48,12 +47,12 @@ class LayerCache:
         state: BatchState,
         device: torch.device,
         new_rows: int | None,
-        allocator: ThreadPoolExecutor,
+        memory: Lender,
         rows_place: torch.device | None = None,
     ) -> None:
-        """rows_place: where the rows are kept, by default in (pinned) host memory."""
+        """rows_place: where the rows are kept, by default in host memory that `memory` lends."""
         self.layout, self.state, self.new_rows = layout, state, new_rows
-        self.host = HostRows(layout, rows_place or torch.device("cpu"), device.type == "cuda", allocator)
+        self.host = HostRows(layout, rows_place or torch.device("cpu"), memory)
         self.labels = LabelCache(layout, device)
         self.resident = ResidentSet(layout, device)
         self.maps = LabelMaps(layout, device)

@@ -1,19 +1,26 @@
-"""Pinned host memory: mapped, touched by many threads, then registered with CUDA.
+"""Pinned host memory: mapped and faulted in by many threads, then registered with CUDA.
 
-Measured on an H100 host with 16 cores: 0.33 s/GiB this way against 0.75 s/GiB
-for pin_memory=True, because page faults run in parallel.
+The kernel zeroes every page before CUDA may lock it, and that part runs in parallel and
+outside the driver: 0.33 s/GiB in all on an H100 host with 16 cores against 0.75 s/GiB for
+pin_memory=True (measured with shared 4 KiB pages, touched one by one). Pages of 2 MiB,
+populated by one call a piece, are made three times as fast as 4 KiB ones on a machine
+with 2 cores (0.24 against 0.80 s/GiB; what registering them takes is not measured).
 """
 
+import ctypes
 import mmap
 import os
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from errno import ENOMEM
 
 import numpy as np
 import torch
 
 PAGE_BYTES = 4096
-TOUCH_BLOCK_BYTES = 64 << 20  # one thread's piece: large against a page, small against a layer
+PIECE_BYTES = 16 << 20  # one call of one thread: eight pages of 2 MiB, large against a call
+MADV_POPULATE_WRITE = 23  # linux/mman.h, since Linux 5.14; Python's mmap does not name it
 
 
 def pinned_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -22,25 +29,38 @@ def pinned_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     Raises MemoryError when the host cannot map or lock that much.
     """
     elements = int(np.prod(shape, dtype=np.int64))
-    size = max(elements * dtype.itemsize, 1)
-    try:
-        region = mmap.mmap(-1, size)
-    except OSError as error:
-        raise MemoryError(f"cannot map {size / 1e9:.2f} GB of host memory: {error}") from error
-    pages = np.frombuffer(region, dtype=np.uint8)
-    touch(pages)
+    pages = mapped(max(elements * dtype.itemsize, 1))
+    populate(pages)
     register(pages)
     return torch.from_numpy(pages).view(dtype)[:elements].view(shape)
 
 
-def touch(pages: np.ndarray) -> None:
-    """Fault every page in, in parallel."""
+def mapped(size: int) -> np.ndarray:
+    """Address space of `size` bytes, without memory behind it yet; MemoryError when there is no room."""
+    try:
+        region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"cannot map {size / 1e9:.2f} GB of host memory: {error}") from error
+    with suppress(OSError, AttributeError):  # a kernel without huge pages, a system without the flag
+        region.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(region, dtype=np.uint8)
 
-    def write_first_bytes(start: int) -> None:
-        pages[start : start + TOUCH_BLOCK_BYTES : PAGE_BYTES] = 0
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(write_first_bytes, range(0, pages.nbytes, TOUCH_BLOCK_BYTES)))
+def populate(pages: np.ndarray) -> None:
+    """Put memory behind every page, in parallel; one core is left to whoever launches kernels."""
+    madvise = ctypes.CDLL(None, use_errno=True).madvise  # mmap.madvise would hold the interpreter's lock
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+    def fill(start: int) -> None:
+        size = min(PIECE_BYTES, pages.nbytes - start)
+        if madvise(pages.ctypes.data + start, size, MADV_POPULATE_WRITE) == 0:
+            return
+        if ctypes.get_errno() == ENOMEM:
+            raise MemoryError(f"no host memory for {pages.nbytes / 1e9:.2f} GB of KV rows")
+        pages[start : start + size : PAGE_BYTES] = 0  # an older kernel: a write to every page
+
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1)) as pool:
+        list(pool.map(fill, range(0, pages.nbytes, PIECE_BYTES)))
 
 
 def register(pages: np.ndarray) -> None:
@@ -53,4 +73,7 @@ def register(pages: np.ndarray) -> None:
             f"CUDA cannot pin {pages.nbytes / 1e9:.2f} GB of host memory (error {status}): "
             "check `ulimit -l` and the container's memory limit"
         )
+    # A child process gets none of it: pages that a device may write cannot be shared, so a fork would copy.
+    libc = ctypes.CDLL(None)
+    libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(pages.nbytes), mmap.MADV_DONTFORK)
     weakref.finalize(pages, runtime.cudaHostUnregister, address)

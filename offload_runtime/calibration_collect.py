@@ -20,7 +20,7 @@ import transformers
 
 from .adapter import AttentionCall, ModelAdapter
 from .calibration import Calibration, config_facts, config_hash
-from .calibration_maps import LayerMoments, check_request
+from .calibration_maps import LayerMoments, check_request, maps_of_layers
 from .calibration_mass import MassCurve, MassSums, query_places
 from .errors import UserError
 from .kernels.prefill_attention import prefill_attention
@@ -135,7 +135,7 @@ class BlockRun:
         half = count // 2
         self.sampled = torch.linspace(half, count - 1, min(SAMPLED_QUERIES, count - half)).long().to(device)
         asked, self.contexts = query_places(count)
-        self.asked = asked.to(device)
+        self.asked, self.asked_places = asked.to(device), asked.tolist()
         positions = torch.stack([torch.arange(count), turned]).to(device)  # [2, T]
         handlers = [self._handler(index) for index in range(len(self.adapter.layers))]
         with self.adapter.handled_by(handlers), self.adapter.observed_by(self._before_layer):
@@ -177,7 +177,7 @@ class BlockRun:
         if self.contexts:
             queries, group = text.query[0, :, self.asked], text.query.shape[1] // text.key.shape[1]
             masses = group_masses(queries, text.key[0].float(), self.asked, text.scale, text.window)
-            sums.add(masses / group, self.asked, self.contexts)
+            sums.add(masses / group, self.asked_places, self.contexts)
 
 
 def attend(call: AttentionCall) -> torch.Tensor:
@@ -227,8 +227,8 @@ def make_calibration(
 ) -> Calibration:
     """The calibration that a collection gives; facts are added to its provenance."""
     check_request(channels, method, adapter.head_dim)
-    maps = [moments.maps(channels, method) for moments in collection.layer_moments()]
-    query_map, key_map, key_mean = (torch.stack(parts).cpu() for parts in zip(*maps, strict=True))
+    maps = maps_of_layers(collection.layer_moments(), channels, method)
+    query_map, key_map, key_mean = (torch.stack(parts) for parts in zip(*maps, strict=True))
     provenance = {
         **provenance_of(adapter.model.config, method, channels),
         "prediction_recall": ",".join(f"{recall:.3f}" for recall in collection.mean_recalls()),

@@ -26,10 +26,12 @@ class MassSums:
         self.held = torch.zeros(kv_heads, len(CONTEXTS), len(BUDGETS), dtype=torch.float64)
         self.queries = torch.zeros(len(CONTEXTS), dtype=torch.int64)
 
-    def add(self, masses: torch.Tensor, places: torch.Tensor, contexts: list[int]) -> None:
+    def add(self, masses: torch.Tensor, places: list[int], contexts: list[int]) -> None:
         """masses [Hkv, P, T]: softmax of the queries at places [P], group mean; contexts [P] by index."""
-        for p, (place, context) in enumerate(zip(places.tolist(), contexts, strict=True)):
-            self.held[:, context] += held_by_budgets(masses[:, p, : place + 1]).double().cpu()
+        held = [held_by_budgets(masses[:, p, : place + 1]) for p, place in enumerate(places)]
+        on_host = torch.stack(held).double().cpu()  # [P, Hkv, budgets], one wait for the GPU
+        for one, context in zip(on_host, contexts, strict=True):
+            self.held[:, context] += one
             self.queries[context] += 1
 
 

@@ -200,6 +200,9 @@ def plan(
     model: opt.Model = None,
     ctx: opt.Ctx = None,
     batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
+    places: Annotated[
+        int | None, typer.Option(help="Plan a batch job with so many documents decoded together instead.")
+    ] = None,
     budget: opt.Budget = None,
     budget_mass: opt.BudgetMass = None,
     label_channels: opt.LabelChannels = None,
@@ -235,6 +238,7 @@ def plan(
                 source=opt.model_source(given),
                 settings=opt.runtime_settings(given),
                 batch=batch,
+                places=places,
                 gpu_gb=gpu_gb,
                 host_gb=host_gb,
                 miss_rate=miss_rate,

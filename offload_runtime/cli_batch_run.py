@@ -153,7 +153,7 @@ def places_for(request: BatchRequest, run: JobRun, config: RuntimeConfig, model_
     """How many documents to decode together. RunError when so many of the longest do not fit."""
     place = choose_device(request.source.device)
     tokens, source = longest(run, run.job), request.source
-    planned = partial(plan_of, source, config, model_config, place, tokens)
+    planned = partial(plan_of, source, config, model_config, place, tokens, continuous=True)
     if request.places != AUTO:
         count = parse_places(request.places)
         require(planned(count))

@@ -45,9 +45,10 @@ def plan_of(
     place: torch.device,
     tokens: int,
     batch: int = 1,
+    continuous: bool = False,
 ) -> Plan:
     """Check settings against the model, warn about its range, plan memory for `tokens`."""
-    return fitted_plan(source, config, model, place, tokens, batch)[1]
+    return fitted_plan(source, config, model, place, tokens, batch, continuous)[1]
 
 
 def fitted_plan(
@@ -57,6 +58,7 @@ def fitted_plan(
     place: torch.device,
     tokens: int,
     batch: int = 1,
+    continuous: bool = False,
 ) -> tuple[RuntimeConfig, Plan]:
     """plan_of, and the config that the plan is for: with config.fit it is shrunk until it fits, saying so."""
     shape = check_config(model)
@@ -70,8 +72,9 @@ def fitted_plan(
 
     def plan(trial: RuntimeConfig) -> Plan:
         return make_plan(
-            trial, model, free, place.type, tokens=tokens, batch=batch, dtype=dtype, weights=weights
-        )
+            trial, model, free, place.type, tokens=tokens, batch=batch, dtype=dtype, weights=weights,
+            continuous=continuous,
+        )  # fmt: skip
 
     if config.fit:
         config, notes = fit(config, plan)

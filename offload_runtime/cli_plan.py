@@ -1,13 +1,15 @@
 """`ds-offload plan`: memory and predicted times of a run, from the model's config alone."""
 
 import json
+import os
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from .calibration_file import with_choice
+from .calibration_file import CALIBRATION_FILE, with_choice
 from .cli_exits import warn
 from .cli_model import config_of, weights_of
 from .cli_options import ModelSource
@@ -28,6 +30,7 @@ class PlanRequest:
     source: ModelSource
     settings: dict[str, Any]
     batch: int
+    places: int | None
     gpu_gb: float | None
     host_gb: float | None
     miss_rate: float
@@ -40,6 +43,8 @@ def run_plan(request: PlanRequest) -> None:
     config = make_config(with_choice(request.settings, source.name_or_path))
     if request.batch < 1:
         raise UserError(f"--batch is {request.batch}; it must be at least 1")
+    if request.places is not None and (request.places < 1 or request.batch != 1):
+        raise UserError("--places is a number of documents, at least 1, and goes without --batch")
     if not 0 <= request.miss_rate <= 1:
         raise UserError(f"--miss-rate is {request.miss_rate}; it must be between 0 and 1")
     model_config = config_of(source)
@@ -52,10 +57,14 @@ def run_plan(request: PlanRequest) -> None:
     device = "cpu" if source.device == "cpu" else "cuda"
     dtype = getattr(torch, source.dtype) if source.dtype else None
     free = free_memory(request)
-    plan = make_plan(config, model_config, free, device, batch=request.batch, dtype=dtype, weights=weights)
+    plan = make_plan(
+        config, model_config, free, device, batch=request.places or request.batch, dtype=dtype,
+        weights=weights, continuous=request.places is not None,
+    )  # fmt: skip
     rates = rates_here(source.device)
     traffic = Traffic(config.prefetch, config.new_rows, request.miss_rate)
-    times = predict(plan, weights, rates, traffic) if device == "cuda" else None
+    calibrated = Path(config.calibration or Path(source.name_or_path) / CALIBRATION_FILE).is_file()
+    times = predict(plan, weights, rates, traffic, calibrated) if device == "cuda" else None
     if request.as_json:
         print(json.dumps(as_dict(plan, times, rates)))
         return
@@ -72,6 +81,7 @@ def rates_here(device: str) -> Rates:
     except MemoryError as error:
         warn(f"the link's rate is assumed, not measured: {error}")
         return rates
+    rates = replace(rates, prefill=replace(rates.prefill, cores=os.cpu_count() or 1))
     origin = f"{rates.origin}; but the link's, {measured / 1e9:.1f} GB/s by a copy here"
     # A gather out of little memory; out of much it is slower, which the default ratio says better.
     ratio = min(gather / measured, 1.0)
@@ -98,14 +108,17 @@ def print_tables(plan: Plan, times: Times | None, rates: Rates, name: str) -> No
         return
     speed = Table("predicted", "time", title="times by arithmetic, not measured")
     speed.add_row("TTFT", f"{times.ttft:.1f} s")
+    speed.add_row("of it calibration on the prompt", f"{times.ttft_calibration:.1f} s")
+    speed.add_row("of it computing", f"{times.ttft_compute:.1f} s")
+    speed.add_row("of it waiting for row memory", f"{times.ttft_memory:.1f} s")
     words = {None: "", True: "", False: " (does not fit this GPU)"}
     dense, sparse = words[times.dense_fits], words[times.sparse_fits]
     speed.add_row("TPOT, all KV on the GPU, dense" + dense, f"{1e3 * times.dense_tpot:.1f} ms")
     speed.add_row("TPOT, all KV on the GPU, sparse" + sparse, f"{1e3 * times.sparse_tpot:.1f} ms")
     speed.add_row(f"TPOT, offloaded, {times.miss_rate:.0%} missed", f"{1e3 * times.offload_tpot:.1f} ms")
     console.print(speed)
-    console.print(f"best here: {times.best}, {times.why}", highlight=False)
-    console.print(f"rates of {rates.origin}; other GPUs differ", style="dim", highlight=False)
+    console.print(f"best here: {times.best}, {times.why}", highlight=False, soft_wrap=True)
+    console.print(f"rates of {rates.origin}; other GPUs differ", style="dim", highlight=False, soft_wrap=True)
 
 
 def as_dict(plan: Plan, times: Times | None, rates: Rates) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .adapter import ModelAdapter
 from .arguments import pad_left, refuse_unsupported
+from .cache.row_memory import RowMemory
 from .calibration import Calibration
 from .calibration_file import check_calibration, own_calibration, with_choice
 from .config import RuntimeConfig, make_config
@@ -59,6 +60,7 @@ class OffloadedModel:
         self.calibration = calibration
         self.stats: dict[str, Any] = {}
         self.fitted: list[str] = []  # what fit=True shrank for the caches in use
+        self._memory = RowMemory(model.device.type == "cuda")
         self._session: Session | None = None
         self._calibration_s = 0.0  # of the last call's time: a calibration made from its prompt
 
@@ -170,6 +172,10 @@ class OffloadedModel:
         if last is not None and last.layout.batch != batch:
             last = None
         kept = last if last is not None and any(len(ids) for ids in last.cached_ids) else None
+        config = None
+        if last is None or (kept is None and last.layout.capacity != capacity):
+            self._session = last = None
+            config = self._plan(batch, capacity)  # before calibration, which row memory is made beside
         calibration = kept.calibration if kept is not None else self.calibration_for(prompts[0], capacity)
         if kept is not None and kept.layout.capacity >= need:
             return kept
@@ -177,8 +183,7 @@ class OffloadedModel:
             last.calibrate(calibration)
             return last
         self._session = last = None  # free the old caches before the new ones take their place
-        free_unused(self.model.device)
-        session = self._new_session(calibration, batch, capacity)
+        session = self._new_session(config or self._plan(batch, capacity), calibration, batch, capacity)
         if kept is not None and kept.layout.label_bits == session.layout.label_bits:
             session.adopt(kept)
         self._session = session
@@ -193,12 +198,24 @@ class OffloadedModel:
         self._calibration_s = time.perf_counter() - began
         return calibration
 
-    def _new_session(self, calibration: Calibration, batch: int, capacity: int) -> Session:
-        config, self.fitted = plan_session(self.config, self.adapter, batch, capacity)
+    def _plan(self, batch: int, capacity: int, continuous: bool = False) -> RuntimeConfig:
+        """The config of a session that fits; its rows' memory is in the making from here on."""
+        free_unused(self.model.device)
+        idle = self._memory.idle_bytes
+        config, layout, self.fitted = plan_session(
+            self.config, self.adapter, batch, capacity, idle, continuous
+        )
         for note in self.fitted:
             warnings.warn(note, stacklevel=2)
+        if config.placement == "host":
+            self._memory.prepare(layout.layers, layout.host_bytes)
+        return config
+
+    def _new_session(
+        self, config: RuntimeConfig, calibration: Calibration, batch: int, capacity: int
+    ) -> Session:
         try:
-            return Session(self.adapter, config, calibration, batch, capacity)
+            return Session(self.adapter, config, calibration, batch, capacity, memory=self._memory)
         except torch.cuda.OutOfMemoryError as error:
             raise RunError(
                 f"the GPU has no room for the caches of {batch} x {capacity} tokens; "
@@ -220,10 +237,10 @@ class OffloadedModel:
                 "came first; run `ds-offload calibrate`, or use 1 place"
             )
         no_prompt = torch.empty(0, dtype=torch.long)
-        calibration = self.calibration_for(no_prompt if prompt is None else prompt, capacity)
         self._session = None
-        free_unused(self.model.device)
-        return ContinuousBatch(self._new_session(calibration, places, capacity), overlap)
+        config = self._plan(places, capacity, continuous=True)
+        calibration = self.calibration_for(no_prompt if prompt is None else prompt, capacity)
+        return ContinuousBatch(self._new_session(config, calibration, places, capacity), overlap)
 
     def save_cache(self, directory: str | Path) -> None:
         """Keep the cached tokens' rows and labels on disk, so that load_cache can go on from them.
@@ -246,9 +263,8 @@ class OffloadedModel:
         snapshot = Snapshot.open(directory)
         calibration = snapshot.check(self.adapter, self.config, self.calibration)
         capacity = snapshot.capacity(self.adapter, self.config, new_tokens)
-        self._session = None
-        free_unused(self.model.device)
-        session = self._new_session(calibration, snapshot.header["layout"]["batch"], capacity)
+        self._session, batch = None, snapshot.header["layout"]["batch"]
+        session = self._new_session(self._plan(batch, capacity), calibration, batch, capacity)
         snapshot.fill(session)
         self._session = session
         return sum(snapshot.header["lengths"])
@@ -257,6 +273,7 @@ class OffloadedModel:
         """Free the caches, their pinned memory and the matrix library's workspaces."""
         self._session = None
         free_unused(self.model.device)
+        self._memory.free()
 
     def __enter__(self) -> "OffloadedModel":
         return self

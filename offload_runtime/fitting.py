@@ -8,6 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from .adapter import ModelAdapter
+from .cache.layout import KVLayout
 from .config import LABEL_BITS, RuntimeConfig
 from .memory import measure
 from .planner import SMALLEST_CTX, Plan, largest, make_plan, require
@@ -65,18 +66,26 @@ def fitting_slots(config: RuntimeConfig, plan: Plan, plan_of: PlanOf) -> int:
 
 
 def plan_session(
-    config: RuntimeConfig, adapter: ModelAdapter, batch: int, capacity: int
-) -> tuple[RuntimeConfig, list[str]]:
-    """A session's config, its placement and chunk decided, and what was shrunk; RunError if it won't fit.
+    config: RuntimeConfig,
+    adapter: ModelAdapter,
+    batch: int,
+    capacity: int,
+    idle_host_bytes: int = 0,
+    continuous: bool = False,
+) -> tuple[RuntimeConfig, KVLayout, list[str]]:
+    """A session's config, its placement and chunk decided, its layout, and what was shrunk.
 
-    The model is loaded already, so its weights are part of what is not free.
+    RunError if it does not fit. The model is loaded already, so its weights are part of what is
+    not free. idle_host_bytes: in use, but for this session to take or to free. continuous: as in make_plan.
     """
     free, loaded = measure(str(adapter.device)), Weights(0, 0)
+    free = replace(free, host=free.host + idle_host_bytes)
 
     def plan_of(trial: RuntimeConfig) -> Plan:
         return make_plan(
             trial, adapter.model.config, free, adapter.device.type,
             tokens=capacity, batch=batch, dtype=adapter.dtype, weights=loaded,
+            continuous=continuous,
         )  # fmt: skip
 
     notes: list[str] = []
@@ -84,7 +93,7 @@ def plan_session(
         config, notes = fit(config, plan_of)
     plan = plan_of(config)
     require(plan)
-    return replace(config, placement=plan.placement, chunk_tokens=plan.chunk_tokens), notes
+    return replace(config, placement=plan.placement, chunk_tokens=plan.chunk_tokens), plan.layout, notes
 
 
 def require_weights(

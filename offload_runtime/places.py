@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from .planner import Plan
 from .speed import Rates, Traffic, predict
+from .speed_prefill import GIB
 from .weights import Weights
 
 MOST_PLACES = 8
-PIN_S_PER_BYTE = 0.33 / 2**30  # measured: mmap, 16 threads touching, cudaHostRegister
 WORTH = 0.95  # of the time with fewer places: a smaller gain is not worth the memory
 
 
@@ -40,8 +40,9 @@ def job_seconds(plan: Plan, weights: Weights, work: Work) -> float:
     One place decodes after its prefill; with more, the decoding is hidden behind
     the prefills of others as far as it is shorter.
     """
-    times = predict(plan, weights, Rates(), work.traffic)
-    prefill = times.ttft / plan.batch
+    rates = Rates()
+    times = predict(plan, weights, rates, work.traffic, calibrated=True)
+    prefill = times.ttft_compute / plan.batch
     decode = work.new_tokens * times.offload_tpot / plan.batch
     each = prefill + decode if plan.batch == 1 else max(prefill, decode)
-    return plan.needs.pinned * PIN_S_PER_BYTE + work.documents * each
+    return plan.needs.pinned / GIB * rates.prefill.pin_s_gib + work.documents * each

@@ -36,8 +36,8 @@ class Needs:
     """Bytes a run allocates. Everything but pinned rows is device memory.
 
     rows: KV rows that stay on the device (placement "gpu"); pinned: those in host memory.
-    prefill: a whole prompt's work, while there are no slots; question: that of a short prompt
-    beside the slots, be it a follow-up or all there is.
+    prefill: a whole prompt's work, while there are no slots; question: that of a prompt beside
+    the slots: a short one, be it a follow-up or all there is, or any one in continuous batching.
     """
 
     weights: int
@@ -77,6 +77,7 @@ class Plan:
     free: FreeMemory
     largest_ctx: int
     largest_budget: int
+    shape: ModelShape
     largest_batch: int = 0
     chunk_tokens: int = 0  # of a prefill: the largest that fits
 
@@ -109,7 +110,7 @@ class Plan:
             ("slot maps", n.maps),
             ("decode workspace", n.workspace),
             (f"prefill by {self.chunk_tokens} tokens, no slots yet", n.prefill),
-            ("short prefill beside the slots", n.question),
+            ("prefill beside the slots", n.question),
             ("reserve", n.reserve),
         ]
         kind = "GPU" if self.device == "cuda" else "host"
@@ -152,9 +153,11 @@ def make_plan(
     batch: int = 1,
     dtype: torch.dtype | None = None,
     weights: Weights | None = None,
+    continuous: bool = False,
 ) -> Plan:
     """Plan `batch` sequences of `tokens` (default ctx) each on device "cuda" or "cpu".
 
+    continuous: they come and go one by one, so everybody's slots stay while one prefills.
     dtype: default the checkpoint's on CUDA and float32 on CPU, as in loading.
     Raises UserError for a model or setting that cannot be decoded.
     """
@@ -166,7 +169,7 @@ def make_plan(
 
     def needs_in(trial: RuntimeConfig, count: int, chunk: int, batch: int) -> Needs:
         layout = layout_of(shape, trial, count, batch)
-        on_host = needs_for(shape, layout, trial, count, chunk, weight_bytes, device)
+        on_host = needs_for(shape, layout, trial, count, chunk, weight_bytes, device, continuous)
         on_gpu = replace(on_host, rows=on_host.pinned, pinned=0)
         if device == "cpu" or trial.placement == "host":
             return on_host
@@ -195,6 +198,7 @@ def make_plan(
         device=device,
         layout=layout_of(shape, config, tokens, batch),
         largest_batch=largest(lambda b: fits(config, tokens, b), 1, LARGEST_BATCH),
+        shape=shape,
         needs=needs,
         chunk_tokens=chunk,
         free=free,
@@ -236,9 +240,10 @@ def needs_for(
     chunk: int,
     weight_bytes: int,
     device: str,
+    continuous: bool,
 ) -> Needs:
     on_gpu = device == "cuda"
-    short = min(tokens, KEEP_SLOTS_TOKENS)
+    short = tokens if continuous else min(tokens, KEEP_SLOTS_TOKENS)
     return Needs(
         weights=weight_bytes,
         labels=layout.layers * layout.label_bytes,

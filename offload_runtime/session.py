@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from .adapter import ModelAdapter
 from .audit import Audit
 from .cache.layer_cache import BatchState, LayerCache
 from .cache.layout import biting
+from .cache.row_memory import RowMemory
 from .cache.window_cache import WindowCache
 from .calibration import Calibration
 from .calibration_collect import calibrate_prompt
@@ -40,7 +40,9 @@ class Session:
         batch: int,
         capacity: int,
         delay_cycles: int = 0,
+        memory: RowMemory | None = None,
     ) -> None:
+        """memory: where host rows come from; by default a new one, pinned for a GPU."""
         self.adapter, self.config = adapter, config
         channels = calibration.key_map.shape[2]
         self.layout = make_layout(adapter.shape, config, channels, batch, capacity)
@@ -51,7 +53,7 @@ class Session:
 
         active = torch.ones(batch, dtype=torch.int32, device=device)
         self.state = BatchState(integers(batch), integers(batch), integers(1), active)
-        self.allocator = ThreadPoolExecutor(1, thread_name_prefix="pinned-rows")
+        self.memory = memory or RowMemory(device.type == "cuda")
         self.caches = [self._make_cache(window) for window in biting(adapter.windows, capacity)]
         self.offloaded = {i: cache for i, cache in enumerate(self.caches) if isinstance(cache, LayerCache)}
         self.prefetcher = Prefetcher(
@@ -80,7 +82,7 @@ class Session:
         if window:
             return WindowCache(self.layout, self.state, window, device)
         rows_place = device if self.config.placement == "gpu" else None
-        return LayerCache(self.layout, self.state, device, self.config.new_rows, self.allocator, rows_place)
+        return LayerCache(self.layout, self.state, device, self.config.new_rows, self.memory, rows_place)
 
     def calibrate(self, calibration: Calibration) -> None:
         """Give every offloaded layer its label maps; labels made before are of no use afterwards."""
@@ -185,9 +187,10 @@ class Session:
         self.state.active[place].fill_(1)
 
     def prefill_figures(self) -> dict[str, Any]:
-        """Of the last prefill: its attention, chunk and wait for pinned memory."""
+        """Of the last prefill: its attention, chunk and wait for row memory; what making that took so far."""
+        memory = {"populate_s": self.memory.populate_s, "register_s": self.memory.register_s}
         chunk = {"chunk_tokens": self.config.chunk_tokens, "pinned_wait_s": self.pinned_wait_s}
-        return self.backend.figures() | chunk
+        return self.backend.figures() | chunk | memory
 
     def _free_slots(self) -> None:
         """Leave the slots' memory to a long prefill; decode makes them, and its graph, anew."""

@@ -1,6 +1,6 @@
 """Predicted times of a plan: plain arithmetic over assumed or measured rates.
 
-TTFT = 2 flop x parameters x tokens / matmul rate + causal attention / its rate
+TTFT = see speed_prefill.py
 TPOT = weights read + layers' own overhead + selections + rows and labels read, beside
        or after the rows that come over the link, whichever is longer
 The default rates are one H100 80GB's with PCIe 5 x16. A prediction is for choosing
@@ -8,9 +8,10 @@ settings, not a result.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .planner import Plan
+from .speed_prefill import PrefillRates, prefill_times
 from .weights import Weights
 
 
@@ -22,11 +23,12 @@ class Rates:
     weight_bytes_s: float = 15.0e9 / 6.03e-3  # the GEMVs of an 8B model, 15 GB in 6.03 ms
     # What a layer does besides: norms, RoPE, activations, caches, gaps. From whole steps at 32,768 and
     # 131,072 tokens (bench/results/prefill_llama8b.json) less everything that is counted apart.
-    plain_layer_s: float = 85e-6  # dense decode with transformers' own ops
-    layer_s: float = 60e-6  # ours, norms and RoPE fused
-    # Label scores and top-k of one layer: 50 us at 262,144 tokens; how much grows with tokens is a guess.
+    plain_layer_s: float = 98e-6  # dense decode with transformers' own ops
+    layer_s: float = 73e-6  # ours, norms and RoPE fused
+    # Label scores and top-k of one layer: 50 us at 262,144 tokens of 8 KV heads; how much grows with labels
+    # is a guess.
     select_base_s: float = 15e-6
-    select_token_s: float = 35e-6 / 262144
+    select_label_s: float = 35e-6 / (8 * 262144)
     # Sticky selection of 16,384 rows a head: its bit maps 25 us, slots for them 27, remembering them 5.
     sticky_s: float = 57e-6
     hbm_bytes_s: float = 2.7e12  # dense flash decode: 1.07 GB a layer in 0.40 ms
@@ -35,13 +37,11 @@ class Rates:
     # 33 GB/s at 1/128, 44 at 1/16.
     sparse_gather: float = 33 / 50
     dense_gather: float = 44 / 50
-    # Of an 8B prefill of 262,144 tokens (the same file, its profile of 4 layers): 4.2e15 flop of matmuls
-    # in 5.0 s and 3.1 s of all other kernels but attention; 1.8e16 flop of attention in 30.2 s.
-    matmul_flop_s: float = 4.2e15 / 8.1
-    attention_flop_s: float = 1.8e16 / 30.2
+    prefill: PrefillRates = field(default_factory=PrefillRates)
 
-    def select_s(self, tokens: int) -> float:
-        return self.select_base_s + tokens * self.select_token_s
+    def select_s(self, labels: int) -> float:
+        """Of one layer; labels: tokens times KV heads of the batch."""
+        return self.select_base_s + labels * self.select_label_s
 
     def gather_bytes_s(self, share: float) -> float:
         """Rate at which a selection of `share` of all rows comes; between the measured two by logarithm."""
@@ -62,12 +62,16 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds. *_tpot for: all KV in GPU memory read densely; the same read sparsely; offloaded.
+    """Seconds. ttft is the sum of its three parts (speed_prefill.py). *_tpot for: all KV in GPU memory
+    read densely; the same read sparsely; offloaded.
 
     best: "dense", "sparse" or "offload"; why: in one sentence.
     """
 
     ttft: float
+    ttft_calibration: float
+    ttft_compute: float
+    ttft_memory: float
     dense_tpot: float
     sparse_tpot: float
     offload_tpot: float
@@ -78,16 +82,16 @@ class Times:
     why: str
 
 
-def predict(plan: Plan, weights: Weights, rates: Rates, traffic: Traffic) -> Times:
-    """Times of a plan on a GPU."""
+def predict(plan: Plan, weights: Weights, rates: Rates, traffic: Traffic, calibrated: bool = False) -> Times:
+    """Times of a plan on a GPU. calibrated: there is a calibration, so none is made from the prompt."""
     layout, tokens = plan.layout, plan.tokens
     kv_bytes = layout.layers * layout.heads * tokens * layout.row_bytes
     label_bytes = layout.layers * layout.label_bytes * tokens / layout.capacity
     selected_bytes = layout.layers * layout.heads * plan.budget * layout.row_bytes
     all_layers = layout.layers + len(layout.windows)
-    read_weights = weights.active_bytes_in(layout.dtype) / rates.weight_bytes_s
+    read_weights = weights.read_bytes_in(layout.dtype) / rates.weight_bytes_s
     dense = read_weights + all_layers * rates.plain_layer_s + kv_bytes / rates.hbm_bytes_s
-    selections = layout.layers * rates.select_s(tokens)
+    selections = layout.layers * rates.select_s(layout.heads * tokens)
     sparse = read_weights + all_layers * rates.layer_s + selections
     sparse += (label_bytes + selected_bytes) / rates.hbm_bytes_s
     miss_rate = traffic.miss_rate
@@ -98,9 +102,9 @@ def predict(plan: Plan, weights: Weights, rates: Rates, traffic: Traffic) -> Tim
     offload = offload_s(sparse, missed_s, selections, sticky, layout.layers, traffic)
     fits = gpu_fits(plan, kv_bytes)
     best, why = best_of({"dense": dense, "sparse": sparse, "offload": offload}, fits)
-    first = ttft(plan, weights, rates)
+    parts = prefill_times(plan, weights, rates.prefill, rates.link_bytes_s, calibrated)
     fitting = (fits["dense"], fits["sparse"])
-    return Times(first, dense, sparse, offload, *fitting, miss_rate, best, why)
+    return Times(sum(parts), *parts, dense, sparse, offload, *fitting, miss_rate, best, why)
 
 
 def offload_s(
@@ -146,14 +150,3 @@ def best_of(times: dict[str, float], fits: dict[str, bool | None]) -> tuple[str,
     reasons += [f"against {' and '.join(beaten)}"] if beaten else []
     reasons += missing
     return best, ", ".join(reasons)
-
-
-def ttft(plan: Plan, weights: Weights, rates: Rates) -> float:
-    """Seconds of prefill; rows leave over the link while the GPU computes."""
-    layout = plan.layout
-    tokens = plan.batch * plan.tokens
-    matmuls = 2 * weights.active * tokens
-    # q k^T and p v are 2 flop each for S^2 / 2 pairs, query heads and head_dim.
-    attention = layout.layers * 2 * tokens * plan.tokens * layout.query_heads * layout.head_dim
-    compute = matmuls / rates.matmul_flop_s + attention / rates.attention_flop_s
-    return max(compute, plan.needs.pinned / rates.link_bytes_s)

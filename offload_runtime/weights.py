@@ -16,13 +16,15 @@ class Weights:
 
     kept: parameters that quantisers leave in the model's dtype: embeddings, the
     output projection, norms and biases. bits: of each other one when quantised, scales
-    included; None for weights in the model's dtype.
+    included; None for weights in the model's dtype. embedding: parameters of the input embedding
+    where nothing else uses them: a token reads one row of it.
     """
 
     total: int
     active: int
     kept: int = 0
     bits: float | None = None
+    embedding: int = 0
 
     def bytes_in(self, dtype: torch.dtype) -> int:
         if self.bits is None:
@@ -31,6 +33,15 @@ class Weights:
 
     def active_bytes_in(self, dtype: torch.dtype) -> int:
         return self.bytes_in(dtype) * self.active // self.total
+
+    def read_bytes_in(self, dtype: torch.dtype) -> int:
+        """What a decode step reads: the active ones but for the input embedding."""
+        return self.active_bytes_in(dtype) - self.embedding * dtype.itemsize
+
+    @property
+    def multiplied(self) -> int:
+        """Parameters of the layers' matrices that each token of a prefill is multiplied with."""
+        return self.active - self.kept
 
 
 def count_weights(config: PretrainedConfig) -> Weights:
@@ -49,7 +60,8 @@ def count_weights(config: PretrainedConfig) -> Weights:
         if parameter.dim() < 2 or any(parameter is weight for weight in outer):
             kept += parameter.numel()
         active += int(parameter.numel() * share) if ".experts." in name else parameter.numel()
-    return Weights(total, active, kept, quantised_bits(config))
+    embedding = outer[0].numel() if len(outer) == 2 and outer[0] is not outer[1] else 0
+    return Weights(total, active, kept, quantised_bits(config), embedding)
 
 
 def expert_share(config: PretrainedConfig) -> float:

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from offload_runtime import memory
-from offload_runtime.cache import pinned
-from offload_runtime.cache.host_rows import HostRows
+from offload_runtime.cache import pinned, row_memory
 from offload_runtime.errors import RunError
 from offload_runtime.memory import FreeMemory, address_limit, host_free_bytes, limit_gpu
 
@@ -59,17 +58,17 @@ def test_address_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_next_call_works_after_rows_had_no_room(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     runtime, ids = offloaded(random_llama(device=device)), random_ids(90, device=device)
     expected = runtime.generate(ids, max_new_tokens=3, do_sample=False)
-    allocate = HostRows._allocate
+    mapped = row_memory.mapped
 
-    def no_room(*_: object) -> torch.Tensor:
+    def no_room(_: int) -> None:
         raise MemoryError("CUDA cannot pin 1.07 GB of host memory")
 
     runtime.close()
-    monkeypatch.setattr(HostRows, "_allocate", no_room)
+    monkeypatch.setattr(row_memory, "mapped", no_room)
     with pytest.raises(MemoryError, match="cannot pin"):
         runtime.generate(ids, max_new_tokens=3, do_sample=False)
     assert runtime._session is None
-    monkeypatch.setattr(HostRows, "_allocate", allocate)
+    monkeypatch.setattr(row_memory, "mapped", mapped)
     assert torch.equal(runtime.generate(ids, max_new_tokens=3, do_sample=False), expected)
 
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from offload_runtime.cache.host_rows import HostRows
+from offload_runtime.cache import row_memory
 from offload_runtime.config import RuntimeConfig
 from offload_runtime.errors import UserError
 from offload_runtime.prefetch.scheduler import Prefetcher
@@ -68,17 +68,17 @@ def test_prefill_waits_for_its_own_layers_rows_only(monkeypatch, device):
     reached = [threading.Event() for _ in range(layers + 1)]
     reached[0].set()
     in_time: list[bool] = []
-    allocate = HostRows._allocate
+    mapped = row_memory.mapped
 
-    def slow_allocate(self, pin):
+    def slow_mapped(size):
         in_time.append(reached[len(in_time)].wait(60))
-        return allocate(self, pin)
+        return mapped(size)
 
     def on_prefill(done, total):
         assert total == layers * tokens
         reached[done // tokens].set()
 
-    monkeypatch.setattr(HostRows, "_allocate", slow_allocate)
+    monkeypatch.setattr(row_memory, "mapped", slow_mapped)
     offloaded(model, budget=24).generate(ids, max_new_tokens=2, do_sample=False, on_prefill=on_prefill)
     assert in_time == [True] * layers
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from offload_runtime import prefill_backend
+from offload_runtime.bench.flex import flex_prefill_attention
 from offload_runtime.kernels import attention_trial
 from offload_runtime.kernels import split_attention as split
-from offload_runtime.kernels.attention_trial import candidates, event_ms, package_attention, try_all
+from offload_runtime.kernels.attention_trial import candidates, event_ms, package_function, try_all
 from offload_runtime.kernels.merge_attention import merge_attention_reference, merge_attention_triton
 from offload_runtime.kernels.prefill_attention import prefill_attention, prefill_attention_reference
 from offload_runtime.prefill_backend import PrefillBackend
@@ -133,7 +134,8 @@ def test_the_fastest_that_agrees_wins():
 
 def test_a_package_is_tried_where_it_is_installed(monkeypatch):
     """A module of that interface: [1, T, H, D], causal from the last key on, perhaps a tuple."""
-    assert package_attention("no_such_package") is None
+    assert package_function("no_such_package", "attend") is None
+    assert package_function("json", "no_such_function") is None
 
     def flash_attn_func(q, k, v, softmax_scale, causal):
         assert causal
@@ -148,6 +150,57 @@ def test_a_package_is_tried_where_it_is_installed(monkeypatch):
     got = candidates()["flash-attn-2"](query, rows, SCALE)
     expected = prefill_attention_reference(query, rows, SCALE).transpose(1, 2)
     torch.testing.assert_close(got, expected)
+
+
+def single_prefill_with_kv_cache(q, k, v, *, causal, kv_layout, sm_scale):
+    """FlashInfer's interface: [T, Hq, D] over [Hkv, E, D], causal from the last key on."""
+    assert (causal, kv_layout) == (True, "HND")
+    assert k.stride() == v.stride()
+    rows = torch.cat([k, v], -1)
+    return prefill_attention_reference(q.transpose(0, 1)[None], rows, sm_scale)[0]
+
+
+def test_flashinfer_is_tried_where_it_is_installed(monkeypatch):
+    """One that agrees may win; one whose causal mask begins at the first key is found out."""
+    module = types.ModuleType("flashinfer")
+    module.__spec__ = importlib.machinery.ModuleSpec("flashinfer", None)
+    module.single_prefill_with_kv_cache = single_prefill_with_kv_cache
+    monkeypatch.setitem(sys.modules, "flashinfer", module)
+    query, rows = problem(9, 20)
+    attentions = {"flash": reference_attention, "flashinfer": candidates()["flashinfer"]}
+    assert isinstance(
+        try_all(attentions, query, rows, SCALE, lambda work: (work(), 1.0)[1])["flashinfer"], float
+    )
+
+    def other_alignment(q, k, v, **options):
+        return single_prefill_with_kv_cache(q, k[:, : len(q)], v[:, : len(q)], **options)
+
+    module.single_prefill_with_kv_cache = other_alignment
+    attentions["flashinfer"] = candidates()["flashinfer"]
+    results = try_all(attentions, query, rows, SCALE, lambda work: (work(), 1.0)[1])
+    assert results["flashinfer"] == "disagrees with flash attention"
+
+
+def test_an_attention_without_a_compiler_is_out():
+    """FlashInfer compiles its kernels at the first call."""
+
+    def fails(*_):
+        raise FileNotFoundError("[Errno 2] No such file or directory: 'nvcc'")
+
+    query, rows = problem(9, 20)
+    results = try_all({"flash": reference_attention, "x": fails}, query, rows, SCALE, lambda _: 1.0)
+    assert "nvcc" in results["x"]
+
+
+def reference_attention(query, rows, scale):
+    return prefill_attention_reference(query, rows, scale).transpose(1, 2)
+
+
+def test_flex_attention_agrees():
+    """The benchmark's, as PyTorch runs it without compiling."""
+    query, rows = problem(9, 20)
+    got = flex_prefill_attention(query, rows, SCALE)
+    torch.testing.assert_close(got, reference_attention(query, rows, SCALE), rtol=1e-4, atol=1e-4)
 
 
 def test_flash_when_the_chosen_one_fails(monkeypatch, caplog):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from offload_runtime import OffloadedModel
+from offload_runtime import OffloadedModel, RuntimeConfig
 from offload_runtime.calibration import Calibration
 from offload_runtime.demo import shipped_prose
 from offload_runtime.model_check import embedded_model
@@ -21,8 +21,8 @@ def delayed(model, **settings):
     """An OffloadedModel whose every prediction and gather is held back."""
     runtime = offloaded(model, **settings)
 
-    def open_delayed(calibration: Calibration, batch: int, capacity: int) -> Session:
-        return Session(runtime.adapter, runtime.config, calibration, batch, capacity, DELAY_CYCLES)
+    def open_delayed(config: RuntimeConfig, calibration: Calibration, batch: int, capacity: int) -> Session:
+        return Session(runtime.adapter, config, calibration, batch, capacity, DELAY_CYCLES)
 
     runtime._new_session = open_delayed
     return runtime
