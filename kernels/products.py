@@ -28,9 +28,9 @@ class Tile(NamedTuple):
     num_stages: int = 1
 
 
-# By arithmetic, and for `offload_runtime/products.py` to choose from by a trial: each holds 8 to 16 KB of
-# weights in flight a program, several programs an SM, where 3.35 TB/s x 0.7 us need 18 KB an SM.
-ONE_TOKEN = (Tile(4, 1024, 4), Tile(2, 2048, 4), Tile(8, 1024, 8))
+# For `offload_runtime/products.py` to choose from by a trial. The first is within 3 % of the fastest of eight
+# at every product of the 8B shape (H100, bench/results/products.json).
+ONE_TOKEN = (Tile(1, 2048, 4), Tile(4, 1024, 4))
 # Through the matrix units, whose operands are loaded some blocks ahead.
 FEW_TOKENS = (Tile(16, 256, 4, 4), Tile(32, 128, 4, 4))
 
