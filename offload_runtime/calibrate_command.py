@@ -19,7 +19,7 @@ from .calibration_progress import Progress
 from .config import CALIBRATION_TOKENS, DEFAULT_LABEL_CHANNELS
 from .devices import choose_device
 from .errors import UserError
-from .loading import load_model, load_tokenizer, read_config
+from .loading import load_model, load_tokenizer, read_config, scale_rope
 from .snapshot import weights_fingerprint
 
 BLOCK_TOKENS = 4096  # one forward pass: long enough for N/16 to be a choice, small beside the weights
@@ -39,6 +39,11 @@ def calibrate(
     device: str = "auto",
     progress: Report | None = None,
     channels_from: str | Path | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    rope_scaling: str | None = None,
+    quantize: str | None = None,
+    **hub: Any,
 ) -> Path:
     """Calibrate a model directory, hub name or GGUF file on UTF-8 text files; returns the file written.
 
@@ -47,14 +52,17 @@ def calibrate(
     over it. A run that was stopped goes on where it was when it is started again with
     the same settings. progress(done, total) counts layers x blocks. channels_from: a
     JSON file of channels as Double Sparsity publishes them; a text is then optional,
-    and tells which layers to predict. UserError in one line.
+    and tells which layers to predict. dtype, rope_scaling, quantize, hub (gguf_file, revision,
+    token, trust_remote_code): as in load_model. UserError in one line.
     """
     if method not in METHODS:
         raise UserError(f"method is {method!r}; choose one of {', '.join(METHODS)}")
-    target = output_path(model, out)
+    target = output_path(model, out, rope_scaling)
     maps = None
     if channels_from is not None:
-        config = read_config(model)
+        config = read_config(model, **hub)
+        if rope_scaling is not None:
+            scale_rope(config, rope_scaling)
         check_request(channels, method, config_facts(config)["head_dim"])
         maps = published_maps(Path(channels_from), method, channels, config_facts(config))
         if not text_files:
@@ -63,10 +71,11 @@ def calibrate(
             Calibration(*maps, unpredicted_layers=(0,), provenance=provenance).save(target)
             return target
     text = read_texts(text_files)
-    loaded = load_model(model, choose_device(device))
+    place, forms = choose_device(device), {"rope_scaling": rope_scaling, "quantize": quantize}
+    loaded = load_model(model, place, dtype=dtype, **forms, **hub)
     adapter, name = ModelAdapter(loaded), Path(model).name
     made = calibrate_text(
-        adapter, load_tokenizer(model), text, name, method, channels, tokens, seed, progress, target
+        adapter, load_tokenizer(model, **hub), text, name, method, channels, tokens, seed, progress, target
     )
     if maps is not None:
         facts = {**made.provenance, "channels_from": Path(str(channels_from)).name}
@@ -145,8 +154,16 @@ def collect_resumably(
     return collect(adapter, blocks, positions, seed, progress, (known, done), side.save)
 
 
-def output_path(model: str | Path, out: str | Path | None) -> Path:
-    """Where the file goes; UserError when that is nowhere or cannot be written to."""
+def output_path(model: str | Path, out: str | Path | None, rope_scaling: str | None = None) -> Path:
+    """Where the file goes; UserError when that is nowhere or cannot be written to.
+
+    The file in a model's directory is for the model as it is: a stretched one has other keys.
+    """
+    if out is None and rope_scaling is not None:
+        raise UserError(
+            f"with rope_scaling {rope_scaling} say where the calibration file goes: --out FILE; "
+            "the one in the model's directory is for the model without it"
+        )
     if out is None and not Path(model).is_dir():
         raise UserError(f"{model} is not a directory, so say where the calibration file goes: --out FILE")
     target = Path(model) / CALIBRATION_FILE if out is None else Path(out)

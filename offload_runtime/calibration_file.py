@@ -12,19 +12,25 @@ from .errors import UserError
 CALIBRATION_FILE = "calibration.safetensors"  # looked for in the model's directory
 
 
-def own_calibration(name_or_path: str | Path) -> Path | None:
-    """The calibration file in the model's directory; None when there is none, or for a hub name."""
+def own_calibration(name_or_path: str | Path, rope_scaling: str | None = None) -> Path | None:
+    """The calibration file in the model's directory; None when there is none, or for a hub name.
+
+    None for a stretched model too: it has other keys than the one that the file is for.
+    """
     file = Path(name_or_path) / CALIBRATION_FILE
-    return file if file.is_file() else None
+    return file if rope_scaling is None and file.is_file() else None
 
 
-def with_choice(settings: dict[str, Any], name_or_path: str | Path) -> dict[str, Any]:
+def with_choice(
+    settings: dict[str, Any], name_or_path: str | Path, rope_scaling: str | None = None
+) -> dict[str, Any]:
     """The settings, with budget and label bits from the calibration file where the user gave none.
 
     A calibration file holds them when they were chosen for a quality target.
     """
-    file = Path(settings.get("calibration") or Path(name_or_path) / CALIBRATION_FILE)
-    if not file.is_file():
+    own = own_calibration(name_or_path, rope_scaling)
+    file = Path(settings["calibration"]) if settings.get("calibration") else own
+    if file is None or not file.is_file():
         return settings  # whoever loads it says so
     chosen: dict[str, Any] = dict(Calibration.load(file).provenance)
     if "budget" not in chosen:

@@ -139,6 +139,9 @@ def chat(
     chunk_tokens: opt.ChunkTokens = None,
     calibration: opt.CalibrationFile = None,
     seed: opt.Seed = None,
+    placement: opt.Placement = None,
+    gpu_memory: opt.GpuMemory = None,
+    fit: opt.Fit = False,
     no_cuda_graph: opt.NoCudaGraph = False,
     device: opt.Device = "auto",
     dtype: opt.Dtype = None,
@@ -186,13 +189,21 @@ def calibrate(
         typer.Option(help="Take the channels from a JSON file of the Double Sparsity repository (config/)."),
     ] = None,
     device: opt.Device = "auto",
+    dtype: opt.Dtype = None,
+    revision: opt.Revision = None,
+    token: opt.Token = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    rope_scaling: opt.RopeScaling = None,
+    quantize: opt.Quantize = None,
+    gguf_file: opt.GgufFile = None,
 ) -> None:
     """Find label maps for a model on your own text and write a calibration file; a stopped run goes on."""
+    given = dict(locals())
     with clean_exit():
         from .cli_calibrate import run_calibrate
 
-        texts, name = [*(text_files or []), *(text or [])], opt.model_or_embedded(model)
-        run_calibrate(name, texts, method, channels, out, tokens, seed, device, channels_from)
+        texts = [*(text_files or []), *(text or [])]
+        run_calibrate(opt.model_source(given), texts, method, channels, out, tokens, seed, channels_from)
 
 
 @app.command()

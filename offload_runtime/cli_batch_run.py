@@ -13,12 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from .architectures import has_length_rotary
-from .calibration_file import CALIBRATION_FILE
+from .calibration_file import own_calibration
 from .cli_exits import RUN_ERROR, warn
 from .cli_generate import check_file
 from .cli_model import config_of, plan_of, weights_of
 from .cli_model import load as load_offloaded
-from .cli_options import ModelSource
 from .cli_progress import quiet_unless_terminal
 from .config import RuntimeConfig, make_config
 from .devices import choose_device
@@ -33,6 +32,7 @@ from .jobs.ray_job import run_on_ray
 from .jobs.rich_progress import JobBars
 from .loading import load_tokenizer
 from .model_check import ModelShape, check_config, check_label_channels, position_warning
+from .model_source import WEIGHT_FORMS, ModelSource
 from .places import Work, choose_places
 from .planner import require
 from .speed import Traffic
@@ -40,7 +40,6 @@ from .speed import Traffic
 AUTO = "auto"
 TERMINATED = 143  # 128 + SIGTERM
 COMPRESSED = (".pdf", ".docx")  # their text may have more bytes than the file
-WEIGHT_FORMS = ("rope_scaling", "quantize", "gguf_file")  # options that make another model of the same name
 PROMPT_SLACK = 1024  # tokens for a chat template around the prompt, when bounding a prompt's length
 
 
@@ -192,8 +191,9 @@ def longest(run: JobRun, job: Job) -> int:
 
 def calibration_digest(source: ModelSource, config: RuntimeConfig) -> str | None:
     """Of the calibration file that the model will be loaded with: another one makes other texts."""
-    file = Path(config.calibration or Path(source.name_or_path) / CALIBRATION_FILE)
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    own = own_calibration(source.name_or_path, source.rope_scaling)
+    file = own if config.calibration is None else Path(config.calibration)
+    return None if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def load(request: BatchRequest, config: RuntimeConfig, chat: bool, places: int, tokens: int) -> ModelAnswerer:

@@ -18,13 +18,13 @@ from transformers import StoppingCriteria
 from .cli_exits import warn
 from .cli_generate import PipeStreamer, read_text
 from .cli_model import config_of, load, plan_of
-from .cli_options import ModelSource
 from .cli_progress import Working, quiet_unless_terminal
 from .config import make_config
 from .engine import OffloadedModel, choose_device
 from .errors import UserError
 from .loading import load_tokenizer
 from .model_check import check_config
+from .model_source import ModelSource
 from .planner import require
 
 ROOM_TOKENS = 8192  # for questions and answers beside the document, when --ctx is not given

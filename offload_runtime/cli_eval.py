@@ -1,7 +1,7 @@
 """`ds-offload eval`: run a suite over a grid of settings; results, table and pictures go to --out."""
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -9,7 +9,6 @@ import torch
 from rich.console import Console
 
 from .cli_generate import check_file
-from .cli_options import model_or_embedded
 from .cli_progress import quiet_unless_terminal
 from .engine import choose_device
 from .errors import UserError
@@ -21,6 +20,7 @@ from .evals.records import Results, make_folder
 from .evals.runner import plan_work, run
 from .evals.suites import Wanted, choose, lengths
 from .json_file import write_json
+from .model_source import ModelSource
 
 LOG_COLUMNS = 140  # of a table that goes to a file or a pipe
 
@@ -30,6 +30,7 @@ class EvalRequest:
     """What the command line asked for; lists are still comma-separated text."""
 
     suite: str
+    source: ModelSource  # how every model is loaded
     models: str | None
     ctxs: str
     budgets: str
@@ -38,8 +39,6 @@ class EvalRequest:
     prefetch: str
     calibrate_on: list[Path]
     out: Path
-    device: str
-    dtype: str | None
     quality: float | None
     wanted: Wanted
 
@@ -50,7 +49,7 @@ def run_eval(request: EvalRequest) -> None:
     ctxs = lengths(request.ctxs)
     suite = choose(request.suite, request.wanted)
     check_quality(request)
-    choose_device(request.device)
+    choose_device(request.source.device)
     for file in request.calibrate_on:
         check_file(str(file), "--calibrate-on")
     pyplot()  # better to miss it now than after hours
@@ -89,16 +88,10 @@ def check_quality(request: EvalRequest) -> None:
 
 def open_models(request: EvalRequest) -> list[EvalModel]:
     """Every model's config and tokenizer; UserError when two would have one name in the results."""
-    names = [None] if request.models is None else words(request.models, "--model")
+    source = request.source
+    names = [source.name_or_path] if request.models is None else words(request.models, "--model")
     models = [
-        EvalModel(
-            model_or_embedded(name),
-            request.device,
-            request.dtype,
-            request.wanted.seed,
-            request.calibrate_on,
-            request.out,
-        )
+        EvalModel(replace(source, name_or_path=name), request.wanted.seed, request.calibrate_on, request.out)
         for name in names
     ]
     if len({model.name for model in models}) < len(models):

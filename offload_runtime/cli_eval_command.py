@@ -45,8 +45,15 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Chooses made documents.")] = 0,
     device: opt.Device = "auto",
     dtype: opt.Dtype = None,
+    revision: opt.Revision = None,
+    token: opt.Token = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    rope_scaling: opt.RopeScaling = None,
+    quantize: opt.Quantize = None,
+    gguf_file: opt.GgufFile = None,
 ) -> None:
     """Measure quality against dense attention over a grid of settings; table, JSON and pictures."""
+    given = dict(locals())
     with clean_exit():
         from .cli_eval import EvalRequest, run_eval
         from .evals.suites import Wanted
@@ -66,6 +73,7 @@ def evaluate(
         run_eval(
             EvalRequest(
                 suite=suite,
+                source=opt.model_source(given),
                 models=model,
                 ctxs=ctx,
                 budgets=budget,
@@ -74,8 +82,6 @@ def evaluate(
                 prefetch=prefetch,
                 calibrate_on=calibrate_on or [],
                 out=out,
-                device=device,
-                dtype=dtype,
                 quality=quality,
                 wanted=wanted,
             )

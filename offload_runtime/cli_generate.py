@@ -14,7 +14,6 @@ from .calibration import Calibration
 from .calibration_file import with_choice
 from .cli_exits import warn
 from .cli_model import config_of, fitted_plan, load
-from .cli_options import ModelSource
 from .cli_progress import Working, quiet_unless_terminal
 from .cli_stats import check_stats_choice, figures, print_stats
 from .config import RuntimeConfig, make_config
@@ -24,6 +23,7 @@ from .fitting import shrunk
 from .json_file import write_json
 from .loading import load_tokenizer
 from .model_check import check_config, check_label_channels
+from .model_source import ModelSource
 from .planner import Plan, require
 from .snapshot import Snapshot, check_target
 
@@ -47,7 +47,8 @@ class GenerateRequest:
 
 def run_generate(request: GenerateRequest) -> None:
     """Generate to stdout. All checks come before the weights load; RunError or UserError in one line."""
-    config = make_config(with_choice(request.settings, request.source.name_or_path))
+    source = request.source
+    config = make_config(with_choice(request.settings, source.name_or_path, source.rope_scaling))
     if request.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {request.max_new_tokens}; it must be at least 1")
     check_stats_choice(request.stats, request.stats_file)

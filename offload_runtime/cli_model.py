@@ -7,13 +7,13 @@ import torch
 from transformers import PretrainedConfig
 
 from .cli_exits import warn
-from .cli_options import ModelSource
 from .config import RuntimeConfig
 from .engine import OffloadedModel
 from .fitting import fit
 from .loading import QUANTISERS, quantisation, read_config, scale_rope
 from .memory import limit_gpu, measure
 from .model_check import check_config, check_label_channels, config_note, position_warning
+from .model_source import ModelSource
 from .planner import Plan, make_plan
 from .weights import Weights, count_weights
 
@@ -85,11 +85,5 @@ def fitted_plan(
 
 def load(source: ModelSource, settings: dict[str, Any]) -> OffloadedModel:
     return OffloadedModel.from_pretrained(
-        source.name_or_path,
-        device=source.device,
-        dtype=source.dtype,
-        rope_scaling=source.rope_scaling,
-        quantize=source.quantize,
-        **source.hub(),
-        **settings,
+        source.name_or_path, device=source.device, **source.loading(), **settings
     )

@@ -1,12 +1,12 @@
 """The options that commands share, and how they become settings."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .errors import UserError
+from .model_source import ModelSource
 
 Model = Annotated[
     str | None, typer.Option(help="Model directory or hub name; default: the small model that ships here.")
@@ -93,30 +93,6 @@ SETTINGS = (
     "gpu_memory",
 )
 DTYPES = ("bfloat16", "float16", "float32")
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a model comes from and how it is to be loaded."""
-
-    name_or_path: str
-    device: str
-    dtype: str | None
-    revision: str | None = None
-    token: str | None = None
-    trust_remote_code: bool = False
-    rope_scaling: str | None = None
-    quantize: str | None = None
-    gguf_file: str | None = None
-
-    def hub(self) -> dict[str, Any]:
-        """The arguments that loading a config, a tokenizer and weights share."""
-        return {
-            "gguf_file": self.gguf_file,
-            "revision": self.revision,
-            "token": self.token,
-            "trust_remote_code": self.trust_remote_code,
-        }
 
 
 def model_source(given: dict[str, Any]) -> ModelSource:

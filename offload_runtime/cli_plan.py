@@ -12,13 +12,13 @@ from rich.table import Table
 from .calibration_file import CALIBRATION_FILE, with_choice
 from .cli_exits import warn
 from .cli_model import config_of, weights_of
-from .cli_options import ModelSource
 from .config import make_config
 from .console import table_console
 from .doctor_gpu import copy_rate, gather_rate
 from .errors import UserError
 from .memory import FreeMemory, measure
 from .model_check import check_config, check_label_channels, position_warning
+from .model_source import ModelSource
 from .planner import Plan, make_plan
 from .speed import Rates, Times, Traffic, predict
 
@@ -40,7 +40,7 @@ class PlanRequest:
 def run_plan(request: PlanRequest) -> None:
     """Print the plan; a plan that does not fit is still an answer (exit code 0)."""
     source = request.source
-    config = make_config(with_choice(request.settings, source.name_or_path))
+    config = make_config(with_choice(request.settings, source.name_or_path, source.rope_scaling))
     if request.batch < 1:
         raise UserError(f"--batch is {request.batch}; it must be at least 1")
     if request.places is not None and (request.places < 1 or request.batch != 1):

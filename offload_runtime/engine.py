@@ -89,7 +89,7 @@ class OffloadedModel:
         when the weights cannot fit; the caches are planned when generate knows the prompt, and
         refused before they are allocated (or shrunk, with fit=True).
         """
-        config = make_config(with_choice(settings, name_or_path))
+        config = make_config(with_choice(settings, name_or_path, rope_scaling))
         place = choose_device(device)
         limit_gpu(str(place), config.gpu_memory)
         source = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
@@ -101,9 +101,7 @@ class OffloadedModel:
             name_or_path, place, dtype=dtype, rope_scaling=rope_scaling, quantize=quantize,
             quantization_config=quantization_config, gguf_file=gguf_file, **source,
         )  # fmt: skip
-        # A stretched model has other keys than the one that the file in its directory is for.
-        wanted = config.calibration is None and rope_scaling is None
-        file = own_calibration(name_or_path) if wanted else None
+        file = own_calibration(name_or_path, rope_scaling) if config.calibration is None else None
         calibration = None if file is None else Calibration.load(file)
         try:
             tokenizer = load_tokenizer(name_or_path, gguf_file, **source)

@@ -5,13 +5,14 @@ from typing import Any
 
 from ..calibrate_command import calibrate_text, read_texts
 from ..calibration import Calibration, config_hash
+from ..cli_model import config_of, load, plan_of
 from ..config import CALIBRATION_TOKENS, DEFAULT_LABEL_CHANNELS
 from ..engine import OffloadedModel, choose_device
 from ..errors import RunError, UserError
-from ..loading import load_tokenizer, read_config
-from ..memory import measure
+from ..loading import load_tokenizer
 from ..model_check import check_config, first_line
-from ..planner import make_plan, require
+from ..model_source import ModelSource
+from ..planner import require
 from .grid import Setting
 
 
@@ -20,42 +21,35 @@ class EvalModel:
 
     def __init__(
         self,
-        name_or_path: str,
-        device: str,
-        dtype: str | None,
+        source: ModelSource,
         seed: int,
         calibrate_on: list[Path],
         out: Path,
     ) -> None:
-        self.name_or_path, self.device, self.dtype, self.seed = name_or_path, device, dtype, seed
-        self.calibrate_on, self.out = calibrate_on, out
-        self.name = Path(name_or_path).name
-        self.config = read_config(name_or_path)
+        self.source, self.seed, self.calibrate_on, self.out = source, seed, calibrate_on, out
+        self.name = source.label
+        self.config = config_of(source)
         self.shape = check_config(self.config)
         self.hash = config_hash(self.config)
-        self.tokenizer = load_tokenizer(name_or_path)
+        self.tokenizer = load_tokenizer(source.name_or_path, **source.hub())
         self.loaded: OffloadedModel | None = None
 
     def base(self) -> OffloadedModel:
         """The loaded model; its weights are shared by all settings."""
         if self.loaded is None:
             try:
-                self.loaded = OffloadedModel.from_pretrained(
-                    self.name_or_path, device=self.device, dtype=self.dtype
-                )
+                self.loaded = load(self.source, {})
             except (OSError, ValueError, ImportError) as error:
                 if isinstance(error, UserError):
                     raise
-                raise RunError(f"cannot load model {self.name_or_path}: {first_line(error)}") from error
+                name = self.source.name_or_path
+                raise RunError(f"cannot load model {name}: {first_line(error)}") from error
         return self.loaded
 
     def check(self, setting: Setting, tokens: int) -> None:
         """RunError with the numbers when a sequence of that many tokens does not fit."""
-        place = choose_device(self.device)
-        plan = make_plan(
-            setting.config(tokens, self.seed), self.config, measure(str(place)), place.type, tokens=tokens
-        )
-        require(plan)
+        place = choose_device(self.source.device)
+        require(plan_of(self.source, setting.config(tokens, self.seed), self.config, place, tokens))
 
     def open(self, setting: Setting, ctx: int, **settings: Any) -> OffloadedModel:
         """The model under one setting; close() it afterwards."""
