@@ -1,6 +1,5 @@
 """The model a command names: its config with what is to be said about it, its size, its loading."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +25,10 @@ def config_of(source: ModelSource) -> PretrainedConfig:
         warn(scale_rope(config, source.rope_scaling))
     if source.quantize is not None:
         quantisation(source.quantize, config)  # UserError when its package is missing
+        weights = count_weights(config)
+        if weights.stacked:
+            share = weights.stacked / weights.total
+            warn(f"--quantize {source.quantize} leaves this model's experts, {share:.0%} of it, unpacked")
     note = config_note(config)
     if note:
         warn(note)
@@ -35,7 +38,7 @@ def config_of(source: ModelSource) -> PretrainedConfig:
 def weights_of(source: ModelSource, config: PretrainedConfig) -> Weights:
     """Parameter counts, with the bits that --quantize asks for."""
     weights = count_weights(config)
-    return weights if source.quantize is None else replace(weights, bits=QUANTISERS[source.quantize][1])
+    return weights if source.quantize is None else weights.quantised(QUANTISERS[source.quantize][1])
 
 
 def plan_of(

@@ -12,7 +12,7 @@ from .cache.layout import KVLayout
 from .config import LABEL_BITS, RuntimeConfig
 from .memory import measure
 from .planner import SMALLEST_CTX, Plan, largest, make_plan, require
-from .weights import Weights
+from .weights import loaded_weights
 
 # Where shrinking the budget stops: 64 rows a KV head take 8 MB of slots in the Llama-3.1-8B shape
 # (arithmetic), so less frees nothing and only loses text quality.
@@ -78,7 +78,7 @@ def plan_session(
     RunError if it does not fit. The model is loaded already, so its weights are part of what is
     not free. idle_host_bytes: in use, but for this session to take or to free. continuous: as in make_plan.
     """
-    free, loaded = measure(str(adapter.device)), Weights(0, 0)
+    free, loaded = measure(str(adapter.device)), loaded_weights(adapter.model)
     free = replace(free, host=free.host + idle_host_bytes)
 
     def plan_of(trial: RuntimeConfig) -> Plan:

@@ -164,12 +164,12 @@ def make_plan(
     shape = check_config(model_config)
     shape = replace(shape, dtype=dtype or (shape.dtype if device == "cuda" else torch.float32))
     weights = weights or count_weights(model_config)
-    weight_bytes = weights.bytes_in(shape.dtype)
+    weight_bytes, unpacked = weights.bytes_in(shape.dtype), weights.unpacked_bytes_in(shape.dtype)
     tokens = config.ctx if tokens is None else tokens
 
     def needs_in(trial: RuntimeConfig, count: int, chunk: int, batch: int) -> Needs:
         layout = layout_of(shape, trial, count, batch)
-        on_host = needs_for(shape, layout, trial, count, chunk, weight_bytes, device, continuous)
+        on_host = needs_for(shape, layout, trial, count, chunk, weight_bytes, device, continuous, unpacked)
         on_gpu = replace(on_host, rows=on_host.pinned, pinned=0)
         if device == "cpu" or trial.placement == "host":
             return on_host
@@ -241,6 +241,7 @@ def needs_for(
     weight_bytes: int,
     device: str,
     continuous: bool,
+    unpacked: int = 0,
 ) -> Needs:
     on_gpu = device == "cuda"
     short = tokens if continuous else min(tokens, KEEP_SLOTS_TOKENS)
@@ -251,8 +252,8 @@ def needs_for(
         rings=layout.window_bytes,
         maps=layout.layers * layout.map_bytes,
         workspace=workspace_bytes(shape, layout, config),
-        prefill=prefill_bytes(shape, layout, chunk, tokens, on_gpu),
-        question=prefill_bytes(shape, layout, chunk, short, on_gpu),
+        prefill=prefill_bytes(shape, layout, chunk, tokens, on_gpu, unpacked),
+        question=prefill_bytes(shape, layout, chunk, short, on_gpu, unpacked),
         reserve=GPU_RESERVE_BYTES if on_gpu else 0,
         pinned=layout.layers * layout.host_bytes,
     )

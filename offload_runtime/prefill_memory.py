@@ -6,12 +6,15 @@ from .model_check import ModelShape
 CPU_LOGIT_BLOCK_BYTES = 512 << 20  # the CPU prefill keeps a block of logits of a few hundred MB
 
 
-def prefill_bytes(shape: ModelShape, layout: KVLayout, chunk: int, tokens: int, on_gpu: bool) -> int:
+def prefill_bytes(
+    shape: ModelShape, layout: KVLayout, chunk: int, tokens: int, on_gpu: bool, unpacked: int = 0
+) -> int:
     """Peak beside the caches while one sequence of S tokens prefills.
 
     Hidden states [S, E] all the time. With them first the making of the rotary tables
     (float32: angles, both halves, cosine, sine and a product of them), then the tables
-    2 x [S, D], one layer's rows [Hkv, capacity, row] and one chunk's activations.
+    2 x [S, D], one layer's rows [Hkv, capacity, row] and one chunk's activations, and of a
+    packed model one matrix unpacked (bytes).
     """
     item = shape.dtype.itemsize
     chunk = min(tokens, chunk)
@@ -19,7 +22,7 @@ def prefill_bytes(shape: ModelShape, layout: KVLayout, chunk: int, tokens: int, 
     making_rotary = tokens * shape.head_dim * 18  # 4 bytes x 4.5
     rows = layout.kv_heads * layout.capacity * layout.row_bytes
     activations = chunk * max(mlp_bytes(shape), attention_bytes(shape))
-    running = 2 * tokens * shape.head_dim * item + rows + activations
+    running = 2 * tokens * shape.head_dim * item + rows + activations + unpacked
     return hidden + max(making_rotary, running) + (0 if on_gpu else CPU_LOGIT_BLOCK_BYTES)
 
 

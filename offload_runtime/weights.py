@@ -1,6 +1,7 @@
 """The size of a model's weights, without loading them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,8 @@ class Weights:
     kept: parameters that quantisers leave in the model's dtype: embeddings, the
     output projection, norms and biases. bits: of each other one when quantised, scales
     included; None for weights in the model's dtype. embedding: parameters of the input embedding
-    where nothing else uses them: a token reads one row of it.
+    where nothing else uses them: a token reads one row of it. stacked: parameters of experts that
+    are one tensor a layer. largest: those of the largest matrix that a quantiser packs.
     """
 
     total: int
@@ -25,6 +27,16 @@ class Weights:
     kept: int = 0
     bits: float | None = None
     embedding: int = 0
+    stacked: int = 0
+    largest: int = 0
+
+    def quantised(self, bits: float) -> "Weights":
+        """As --quantize leaves them. Its packages pack linear layers; experts in one tensor are none."""
+        return replace(self, bits=bits, kept=self.kept + self.stacked)
+
+    def unpacked_bytes_in(self, dtype: torch.dtype) -> int:
+        """Of the copy in the model's dtype that a product of many tokens makes of one packed matrix."""
+        return 0 if self.bits is None else self.largest * dtype.itemsize
 
     def bytes_in(self, dtype: torch.dtype) -> int:
         if self.bits is None:
@@ -52,16 +64,30 @@ def count_weights(config: PretrainedConfig) -> Weights:
     except (ValueError, TypeError, ImportError) as error:
         reason = first_line(error)
         raise UserError(f"cannot build a model of type {config.model_type!r}: {reason}") from error
-    total = active = kept = 0
+    total = active = kept = stacked = 0
     share = expert_share(config)
     outer = [part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part]
     for name, parameter in model.named_parameters():
         total += parameter.numel()
         if parameter.dim() < 2 or any(parameter is weight for weight in outer):
             kept += parameter.numel()
+        elif parameter.dim() > 2:
+            stacked += parameter.numel()
         active += int(parameter.numel() * share) if ".experts." in name else parameter.numel()
     embedding = outer[0].numel() if len(outer) == 2 and outer[0] is not outer[1] else 0
-    return Weights(total, active, kept, quantised_bits(config), embedding)
+    return Weights(total, active, kept, quantised_bits(config), embedding, stacked, largest_matrix(model))
+
+
+def loaded_weights(model: Any) -> Weights:
+    """Of a model whose weights are in memory already: only what its packed ones need to work in."""
+    return Weights(0, 0, bits=quantised_bits(model.config), largest=largest_matrix(model))
+
+
+def largest_matrix(model: Any) -> int:
+    """Parameters of the largest linear layer but the output projection, packed or not."""
+    output = model.get_output_embeddings()
+    linear = [part for part in model.modules() if hasattr(part, "in_features") and part is not output]
+    return max((part.in_features * part.out_features for part in linear), default=0)
 
 
 def expert_share(config: PretrainedConfig) -> float:

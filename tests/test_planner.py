@@ -58,6 +58,23 @@ def test_mixture_of_experts_counts_active_parameters() -> None:
     weights = count_weights(config)
     expert = 3 * 64 * 128
     assert weights.total - weights.active == 2 * 6 * expert  # 2 layers, 6 of 8 experts idle
+    assert weights.stacked == 2 * 8 * expert  # which bitsandbytes and torchao do not pack
+    packed = weights.quantised(4.5)
+    assert packed.bytes_in(torch.bfloat16) == packed.kept * 2 + int((weights.total - packed.kept) * 4.5 / 8)
+    assert packed.kept - weights.kept == weights.stacked
+
+
+def test_packed_weights_are_unpacked_one_at_a_time() -> None:
+    """bitsandbytes 0.50 multiplies more than 1,536 tokens with a 16-bit copy of the whole matrix."""
+    plain = count_weights(LLAMA_8B)
+    packed = plain.quantised(4.5)
+    assert plain.unpacked_bytes_in(torch.bfloat16) == 0
+    assert packed.unpacked_bytes_in(torch.bfloat16) == 4096 * 14336 * 2
+    needs = [
+        make_plan(RuntimeConfig(), LLAMA_8B, PLENTY, "cuda", weights=weights).needs
+        for weights in (plain, packed)
+    ]
+    assert needs[1].prefill - needs[0].prefill == needs[1].question - needs[0].question == 4096 * 14336 * 2
 
 
 def test_caches_take_what_the_plan_says() -> None:

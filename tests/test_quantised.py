@@ -10,11 +10,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from offload_runtime import OffloadedModel
 from offload_runtime.adapter import ModelAdapter
+from offload_runtime.cli_model import config_of, weights_of
 from offload_runtime.engine import choose_device
 from offload_runtime.errors import UserError
 from offload_runtime.loading import QUANTISERS
-from offload_runtime.weights import count_weights, weight_bytes
+from offload_runtime.model_source import ModelSource
+from offload_runtime.weights import count_weights, loaded_weights, weight_bytes
 
+from .architectures import random_model
 from .models import identity_calibration, logits_of, offloaded, random_ids, random_llama
 
 PROMPT, NEW_TOKENS = 90, 16
@@ -37,11 +40,15 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(params=QUANTISERS)
-def packed(request, folder, device) -> tuple[str, OffloadedModel]:
-    for package in (QUANTISERS[request.param][0], "accelerate"):
+def needs(name: str) -> None:
+    for package in (QUANTISERS[name][0], "accelerate"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs {package}: pip install {package}")
+
+
+@pytest.fixture(params=QUANTISERS)
+def packed(request, folder, device) -> tuple[str, OffloadedModel]:
+    needs(request.param)
     settings = {"device": device, "dtype": "float32", "ctx": 4096, "budget": "1/1", "chunk_tokens": 64}
     return request.param, OffloadedModel.from_pretrained(folder, quantize=request.param, **settings)
 
@@ -88,7 +95,26 @@ def test_predicted_query_of_a_packed_layer_is_its_own(packed, device):
 def test_plan_knows_the_packed_size(packed):
     name, runtime = packed
     planned = count_weights(LlamaConfig(**{**runtime.model.config.to_dict(), "quantization_config": None}))
-    size = type(planned)(planned.total, planned.active, planned.kept, QUANTISERS[name][1])
+    size = planned.quantised(QUANTISERS[name][1])
+    assert size.bytes_in(torch.float32) == pytest.approx(weight_bytes(runtime.model), rel=0.03)
+    loaded = loaded_weights(runtime.model)
+    assert loaded.bytes_in(torch.float32) == 0
+    assert loaded.unpacked_bytes_in(torch.float32) == 4 * 256 * 128  # of an MLP's matrices
+    assert loaded_weights(random_llama()).unpacked_bytes_in(torch.float32) == 0
+
+
+@pytest.mark.parametrize("name", QUANTISERS)
+def test_experts_stay_as_they_are_and_the_plan_knows(name, tmp_path, capsys):
+    """Mixtral's experts are one tensor a layer, which neither package packs."""
+    needs(name)
+    random_model("mixtral", hidden_size=64, head_dim=64).save_pretrained(tmp_path)
+    runtime = OffloadedModel.from_pretrained(tmp_path, device="cpu", quantize=name)
+    experts = runtime.model.model.layers[0].mlp.experts.gate_up_proj
+    assert type(experts) is torch.nn.Parameter
+    assert experts.dtype == torch.float32
+    source = ModelSource(str(tmp_path), "cpu", None, quantize=name)
+    size = weights_of(source, config_of(source))
+    assert "leaves this model's experts, " in capsys.readouterr().err
     assert size.bytes_in(torch.float32) == pytest.approx(weight_bytes(runtime.model), rel=0.03)
 
 
