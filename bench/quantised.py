@@ -4,8 +4,11 @@
 
 Random weights, drawn on the GPU and quantised on loading by transformers' own
 bitsandbytes loader: time and memory, nothing about answers. The cap counts what
-CUDA itself takes (its context) as well as PyTorch's allocations. Needs
-bitsandbytes and accelerate. Toy size on a CPU: --shape toy --ctx 1024 --new-tokens 5 --budgets 64.
+CUDA itself takes (its context and its libraries) as well as PyTorch's allocations.
+Needs bitsandbytes and accelerate, which may lie in a folder on PYTHONPATH
+(pip install --no-deps --target FOLDER bitsandbytes accelerate), and 50 GB of host
+memory. A budget is left out when --seconds would not be enough for it.
+Toy size on a CPU: --shape toy --ctx 1024 --new-tokens 5 --budgets 64.
 """
 
 import argparse
@@ -27,6 +30,9 @@ from offload_runtime.memory import measure
 from offload_runtime.weights import weight_bytes
 
 GB = 1e9
+# Kept of the cap for what libraries load later (cuBLAS, cuDNN, CuPy's and bitsandbytes' kernels):
+# an assumption, which each row's process_peak_gb puts to the test.
+LIBRARIES_GB = 0.5
 TOY = LLAMA_8B | {
     "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -62,11 +68,11 @@ def context_bytes(device: torch.device) -> int:
 
 
 def cap_memory(device: torch.device, cap_gb: float) -> int:
-    """Limit this process to cap_gb, context included; returns the context's bytes."""
+    """Limit this process to cap_gb, context and libraries included; returns the context's bytes."""
     torch.zeros(1, device=device)
     context = context_bytes(device)
     total = torch.cuda.mem_get_info(device)[1]
-    torch.cuda.set_per_process_memory_fraction((cap_gb * GB - context) / total, device)
+    torch.cuda.set_per_process_memory_fraction((cap_gb * GB - LIBRARIES_GB * GB - context) / total, device)
     return context
 
 
@@ -82,7 +88,8 @@ def row(model: LlamaForCausalLM, ids: torch.Tensor, settings: dict[str, Any], st
             if on_gpu:
                 line["reserved_peak_gb"] = torch.cuda.max_memory_reserved() / GB
                 line["context_gb"] = context_bytes(model.device) / GB
-    except (torch.cuda.OutOfMemoryError, RunError) as error:
+                line["process_peak_gb"] = line["reserved_peak_gb"] + line["context_gb"]
+    except (RuntimeError, RunError) as error:  # out of memory is a RuntimeError
         line["error"] = f"{type(error).__name__}: {error}"[:500]
     return line
 
@@ -93,15 +100,17 @@ def main() -> None:
     parser.add_argument("--ctx", type=int, default=262144)
     parser.add_argument("--new-tokens", type=int, default=65)
     parser.add_argument("--cap-gb", type=float, default=16.0)
-    parser.add_argument("--budgets", nargs="+", default=["2048", "1/16"])
+    parser.add_argument("--budgets", nargs="+", default=["1/16", "2048"])
+    parser.add_argument("--seconds", type=float, default=150.0, help="for all of it")
     parser.add_argument("--chunk-tokens", type=int, default=4096, help="half of the default: 0.7 GB less")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    options, started = parser.parse_args(), time.perf_counter()
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     report: dict[str, Any] = {"job": "quantised", "shape": options.shape, "ctx": options.ctx}
     report |= {"cap_gb": options.cap_gb if on_gpu else None, "machine": machine(), "results": []}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     if on_gpu:
         report["context_at_start_gb"] = cap_memory(device, options.cap_gb) / GB
     before = time.perf_counter()
@@ -114,10 +123,17 @@ def main() -> None:
         report |= {"free_after_load_gb": (measure(str(device)).gpu or 0) / GB}
     prompt = options.ctx - options.new_tokens
     ids = torch.randint(0, config.vocab_size, (1, prompt), device=device)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=1) + "\n")  # what loading took, should no row end
+    lasted = 0.0  # seconds of the last row
     for budget in options.budgets:  # written row by row: an interrupted run keeps what it has
         settings = {"budget": budget, "fit": True, "chunk_tokens": options.chunk_tokens}
-        line = row(model, ids, settings, options.new_tokens)
+        began = time.perf_counter()
+        if began - started + lasted > options.seconds:
+            line: dict[str, Any] = {"budget": budget, "error": f"not reached in {options.seconds:.0f} s"}
+        else:
+            line = row(model, ids, settings, options.new_tokens)
+            lasted = time.perf_counter() - began
+            line["row_s"] = lasted
         print(json.dumps(line), flush=True)
         report["results"].append(line)
         options.out.write_text(json.dumps(report, indent=1) + "\n")
