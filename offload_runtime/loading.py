@@ -24,6 +24,8 @@ from .model_check import check_config, first_line, load_config
 
 # --quantize: (package it needs, bits a weight; bitsandbytes keeps a float32 scale of every 64)
 QUANTISERS = {"bnb-4bit": ("bitsandbytes", 4.5), "torchao-int8": ("torchao", 8)}
+# What transformers reads a quantised checkpoint with, where it does not itself name all that is missing.
+CHECKPOINT_PACKAGES = {"gptq": ("optimum", "gptqmodel"), "awq": ("gptqmodel",)}
 ROPE_SCALINGS = ("yarn", "linear")  # those that need no more than a factor and do not change with length
 
 
@@ -89,6 +91,10 @@ def load_model(
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, ImportError, NotImplementedError, SafetensorError) as error:
+        raise RunError(f"cannot load model {name_or_path}: {first_line(error)}") from error
+    except RuntimeError as error:  # sizes that differ from the config's, or no GPU for its quantisation
+        if out_of_memory(error):
+            raise  # the caller's to explain
         raise RunError(f"cannot load model {name_or_path}: {first_line(error)}") from error
     return model if quantised else model.to(place)
 
@@ -158,7 +164,7 @@ def compute_type(dtype: str | torch.dtype | None, config: PretrainedConfig) -> t
 def check_quantisation(config: PretrainedConfig) -> None:
     """UserError when a checkpoint is quantised in a way that transformers does not know.
 
-    It would warn and take the packed numbers for weights. Missing packages it names itself.
+    It would warn and take the packed numbers for weights. Or when packages for it are missing.
     """
     require_package("accelerate", "to load quantised weights")
     own = getattr(config, "quantization_config", None) or {}
@@ -168,8 +174,22 @@ def check_quantisation(config: PretrainedConfig) -> None:
             f"this checkpoint is quantised with {fields['quant_method']!r}, which this version of "
             "transformers does not read; take another checkpoint of the model"
         )
+    method = str(fields.get("quant_method"))
+    require_package(CHECKPOINT_PACKAGES.get(method, ()), f"to load {method} weights")
 
 
-def require_package(name: str, purpose: str) -> None:
-    if importlib.util.find_spec(name) is None:
-        raise UserError(f"the package {name} is needed {purpose}: pip install {name}")
+def require_package(names: str | tuple[str, ...], purpose: str) -> None:
+    """UserError naming every package of these that is not installed."""
+    wanted = (names,) if isinstance(names, str) else names
+    absent = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if absent:
+        what = (
+            "package " + absent[0] + " is"
+            if len(absent) == 1
+            else "packages " + " and ".join(absent) + " are"
+        )
+        raise UserError(f"the {what} needed {purpose}: pip install {' '.join(absent)}")
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

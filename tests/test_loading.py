@@ -70,6 +70,12 @@ def test_no_weights_at_all(sharded):
     fails(sharded, "cannot load model .*no file named")
 
 
+def test_weights_of_other_sizes_than_the_config_says(sharded):
+    file = sharded / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 72}))
+    fails(sharded, "cannot load model ")
+
+
 def test_no_model(tmp_path):
     fails(tmp_path, "it has no config.json")
     fails(tmp_path / "absent", "there is no model directory")
