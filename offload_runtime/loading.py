@@ -89,14 +89,24 @@ def load_model(
         check_quantisation(config)
         options["device_map"] = {"": place}  # packed weights are made where they stay
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, ImportError, NotImplementedError, SafetensorError) as error:
         raise RunError(f"cannot load model {name_or_path}: {first_line(error)}") from error
     except RuntimeError as error:  # sizes that differ from the config's, or no GPU for its quantisation
         if out_of_memory(error):
             raise  # the caller's to explain
-        raise RunError(f"cannot load model {name_or_path}: {first_line(error)}") from error
-    return model if quantised else model.to(place)
+        reason = "its weights have other shapes than its config says"
+        reason = reason if "mismatched" in str(error) else first_line(error)
+        raise RunError(f"cannot load model {name_or_path}: {reason}") from error
+    model, report = loaded
+    if quantised:
+        return model
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would draw them at random, and warn
+        raise RunError(
+            f"cannot load model {name_or_path}: its files lack {len(missing)} weights, {missing[0]} for one"
+        )
+    return model.to(place)
 
 
 def load_tokenizer(name_or_path: str | Path, gguf_file: str | None = None, **hub: Any) -> Any:

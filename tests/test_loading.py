@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -73,7 +74,19 @@ def test_no_weights_at_all(sharded):
 def test_weights_of_other_sizes_than_the_config_says(sharded):
     file = sharded / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 72}))
-    fails(sharded, "cannot load model ")
+    fails(sharded, "cannot load model .*other shapes than its config says")
+
+
+def test_a_weight_that_no_file_has(sharded):
+    """transformers draws it at random, and only warns."""
+    index = sharded / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    lost = [name for name in listed["weight_map"] if "up_proj" in name]
+    for name in lost:
+        file = sharded / listed["weight_map"].pop(name)
+        save_file({k: v for k, v in load_file(file).items() if k != name}, file, {"format": "pt"})
+    index.write_text(json.dumps(listed))
+    fails(sharded, f"its files lack 2 weights, {lost[0]} for one")
 
 
 def test_no_model(tmp_path):
