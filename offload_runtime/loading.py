@@ -115,7 +115,10 @@ def load_tokenizer(name_or_path: str | Path, gguf_file: str | None = None, **hub
     try:
         return AutoTokenizer.from_pretrained(folder, **hub, **gguf)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"model {name_or_path} has no usable tokenizer: {first_line(error)}") from error
+        reason = first_line(error)
+        if reason.endswith(":"):  # a list of ways to make one follows, which says nothing of this model
+            reason = "none of its files is one (tokenizer.json, tokenizer.model)"
+        raise UserError(f"model {name_or_path} has no usable tokenizer: {reason}") from error
 
 
 def scale_rope(config: PretrainedConfig, wanted: str) -> str:

@@ -123,6 +123,16 @@ def test_what_cannot_be_loaded_is_one_line_in_every_command(command, model):
         assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", LOADERS)
+def test_a_missing_tokenizer_is_one_line_in_every_command(command, model):
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    result = run(command, model)
+    assert result.exit_code == 2, result.stderr
+    assert "has no usable tokenizer: none of its files is one (tokenizer.json" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_results_of_another_form_have_another_name():
     plain = ModelSource("org/name", "cpu", None)
     assert plain.label == "name"
