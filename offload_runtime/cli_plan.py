@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from .calibration_file import CALIBRATION_FILE, with_choice
+from .calibration_file import own_calibration, with_choice
 from .cli_exits import warn
 from .cli_model import config_of, weights_of
 from .config import make_config
@@ -63,7 +63,8 @@ def run_plan(request: PlanRequest) -> None:
     )  # fmt: skip
     rates = rates_here(source.device)
     traffic = Traffic(config.prefetch, config.new_rows, request.miss_rate)
-    calibrated = Path(config.calibration or Path(source.name_or_path) / CALIBRATION_FILE).is_file()
+    own = own_calibration(source.name_or_path, source.rope_scaling)
+    calibrated = own is not None if config.calibration is None else Path(config.calibration).is_file()
     times = predict(plan, weights, rates, traffic, calibrated) if device == "cuda" else None
     if request.as_json:
         print(json.dumps(as_dict(plan, times, rates)))
