@@ -108,7 +108,7 @@ def bench_topk(shape: Shape, budget: int):
     b, h, n = shape.batch, shape.kv_heads, shape.tokens
     scores = [torch.randn(b, h, n, device="cuda") for _ in range(LAYERS)]
     tokens = torch.empty(b, h, budget, **INT32)
-    counts, budgets = torch.empty(b, **INT32), torch.full((b,), budget, **INT32)
+    counts, budgets = torch.empty(b, h, **INT32), torch.full((b, h), budget, **INT32)
     args = (budgets, shape.lengths(), shape.sinks, shape.recent, tokens, counts)
     calls: Calls = [partial(select_topk, s, *args) for s in scores]
     yield Timing(f"select_topk k={budget}", "default", 4 * b * h * (n + budget), "hbm"), calls
@@ -124,7 +124,7 @@ def bench_resolve(shape: Shape, budget: int):
     token_in_slot = torch.full((b, h, n_slots), -1, **INT32)
     stamps, hand = torch.full((b, h, n_slots), -1, **INT32), torch.zeros(b, h, **INT32)
     misses = (torch.empty(b, h, budget, **INT32), torch.empty(b, h, budget, **INT32))
-    counts, miss_counts = torch.full((b,), budget, **INT32), torch.empty(b, h, **INT32)
+    counts, miss_counts = torch.full((b, h), budget, **INT32), torch.empty(b, h, **INT32)
     counters = torch.zeros(b, 2, 3, dtype=torch.int64, device="cuda")
     state = (slot_of_token, token_in_slot, stamps, hand)
     steps = torch.ones(1, **INT32), torch.full((1,), 2, **INT32)
@@ -210,7 +210,7 @@ def bench_attention(shape: Shape, budget: int, sweep: bool):
     slot_of_token = torch.full((b, h, shape.tokens), -1, **INT32)
     places = torch.randperm(budget, device="cuda").int().expand(b, h, budget)
     slot_of_token.scatter_(2, tokens.long(), places)
-    counts = torch.full((b,), budget, **INT32)
+    counts = torch.full((b, h), budget, **INT32)
     args = (tokens, counts, slot_of_token, shape.lengths(), shape.sinks, shape.recent, d**-0.5)
     options = [
         {"num_stages": 1},

@@ -58,7 +58,8 @@ class LayerCache:
         self.maps = LabelMaps(layout, device)
         self.previous = Selection(layout, device) if new_rows is not None else None
         self.one_kernel = cluster_select_available(device, layout.capacity)
-        self.budgets = torch.zeros(layout.batch, dtype=torch.int32, device=device)  # K of each sequence here
+        heads = (layout.batch, layout.kv_heads)
+        self.budgets = torch.zeros(heads, dtype=torch.int32, device=device)  # K of each KV head
         self.counters = torch.zeros(layout.batch, 2, 3, dtype=torch.int64, device=device)
 
     def clear(self) -> None:

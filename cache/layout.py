@@ -88,8 +88,8 @@ class KVLayout:
 
     @property
     def selection_bytes(self) -> int:
-        """GPU bytes of one selection: tokens [B, Hkv, K] and counts [B]."""
-        return (self.heads * self.budget + self.batch) * INT32_BYTES
+        """GPU bytes of one selection: tokens [B, Hkv, K] and counts [B, Hkv]."""
+        return self.heads * (self.budget + 1) * INT32_BYTES
 
     @property
     def gpu_bytes(self) -> int:

@@ -6,12 +6,12 @@ from .layout import KVLayout
 
 
 class Selection:
-    """The tokens one layer attends to besides sinks and recent ones: ascending, counts [B] of them."""
+    """The tokens one layer attends to besides sinks and recent ones: ascending, counts [B, Hkv] of them."""
 
     def __init__(self, layout: KVLayout, device: torch.device) -> None:
         shape = (layout.batch, layout.kv_heads, layout.budget)
         self.tokens = torch.full(shape, -1, dtype=torch.int32, device=device)
-        self.counts = torch.zeros(layout.batch, dtype=torch.int32, device=device)
+        self.counts = torch.zeros(shape[:2], dtype=torch.int32, device=device)
 
     def clear(self) -> None:
         self.tokens.fill_(-1)

@@ -58,10 +58,9 @@ def order_key(score):
 
 @triton.jit
 def span_of_row(budgets, lengths, row, kv_heads, sinks, recent):
-    """(tokens wanted, end of the selectable span) of a row's sequence."""
-    sequence = row // kv_heads
-    end = tl.maximum(tl.load(lengths + sequence) - recent, sinks)
-    return tl.minimum(tl.load(budgets + sequence), end - sinks), end
+    """(tokens wanted, end of the selectable span) of a row."""
+    end = tl.maximum(tl.load(lengths + row // kv_heads) - recent, sinks)
+    return tl.minimum(tl.load(budgets + row), end - sinks), end
 
 
 @triton.jit
@@ -166,7 +165,7 @@ def digit_kernel(
         return
     used = tl.maximum(tl.cdiv(end, CHUNK), 1)
     if (DIGIT == 0) & (STREAMS == 3):
-        count = tl.load(previous_counts + row // kv_heads)
+        count = tl.load(previous_counts + row)
         mark_members(members, previous, count, row, block, capacity, previous_max, CHUNK)
         if block == 0:
             tl.store(outside + row, 0)

@@ -32,7 +32,7 @@ def resolve_reference(
 ) -> None:
     """Update the token-to-slot map so that every selected token has a slot.
 
-    tokens [B, Hkv, K] and counts [B] int32: the selection; slot_of_token
+    tokens [B, Hkv, K] and counts [B, Hkv] int32: the selection; slot_of_token
     [B, Hkv, N] int32: resident slot of a token or -1; token_in_slot
     [B, Hkv, n_slots] int32: its inverse; stamps [B, Hkv, n_slots] int32: when
     a slot was last selected, 2 * step + phase; hand [B, Hkv] int32; step [1]
@@ -43,7 +43,7 @@ def resolve_reference(
     n_slots = token_in_slot.shape[-1]
     for b in range(tokens.shape[0]):
         for h in range(tokens.shape[1]):
-            chosen = tokens[b, h, : int(counts[b])].long()
+            chosen = tokens[b, h, : int(counts[b, h])].long()
             slots = slot_of_token[b, h, chosen].long()
             hit = slots[slots >= 0]
             predicted = int((stamps[b, h, hit] == now - 1).sum()) if phase else 0
@@ -101,7 +101,7 @@ def resolve_kernel(
 ):  # fmt: skip
     """Stamp the hits and list the misses, then give the misses the next free slots."""
     row = tl.program_id(0)
-    count = tl.load(counts + row // kv_heads)
+    count = tl.load(counts + row)
     now = 2 * tl.load(step) + PHASE
     tokens += row.to(tl.int64) * k_max
     miss_tokens += row.to(tl.int64) * k_max

@@ -55,7 +55,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     unsigned rank = cta_rank(), before = (1u << (threadIdx.x & 31)) - 1u;
     int lane = threadIdx.x & 31, sequence = blockIdx.z;
     long long row = (long long)sequence * kv_heads + blockIdx.y;
-    int count = counts[sequence], now = 2 * *step + PHASE, start = hand[row];
+    int count = counts[row], now = 2 * *step + PHASE, start = hand[row];
     tokens += row * k_max, miss_tokens += row * k_max, miss_slots += row * k_max;
     counters += sequence * 6;  // [B, 2, 3]
     slot_of_token += row * capacity, token_in_slot += row * n_slots, stamps += row * n_slots;

@@ -54,8 +54,8 @@ def select_by_labels_cluster(
     """label_scores and then select_topk, or sticky_topk when previous_tokens is given.
 
     query_labels [B, Hq, R] and offsets [B, Hq] float32; codes [B, Hkv, N,
-    code_width] and scales [B, Hkv, N, 2]: the label cache; budgets and lengths
-    [B] int32; tokens [B, Hkv, K] int32 and counts [B] int32 are written.
+    code_width] and scales [B, Hkv, N, 2]: the label cache; budgets [B, Hkv] and
+    lengths [B] int32; tokens [B, Hkv, K] and counts [B, Hkv] int32 are written.
     previous_tokens [B, Hkv, K'] int32 is -1 past its count, all -1 when there is
     no previous selection; it may be `tokens` itself. All tensors contiguous.
     Scores are rounded differently from label_scores (a relative 1e-6 or so), so

@@ -46,7 +46,7 @@ def sparse_attention_reference(
     """Attend to the sinks, the selection and the recent tokens; returns [B, Hq, D].
 
     query [B, Hq, D]; slots [B, Hkv, sinks + recent + n_slots, 2 D]; tokens
-    [B, Hkv, K] ascending and counts [B] int32: the selection; slot_of_token
+    [B, Hkv, K] ascending and counts [B, Hkv] int32: the selection; slot_of_token
     [B, Hkv, N] int32; lengths [B] int32, the current token included. softcap
     bounds logits as softcap * tanh(x / softcap), 0 for none; sink_logits [Hq]
     are learned logits that take mass without a value (GPT-OSS). A sequence of
@@ -61,7 +61,7 @@ def sparse_attention_reference(
         ring = sinks + torch.arange(start, max(start, length), device=query.device) % recent
         sink = torch.arange(min(sinks, length), device=query.device)
         for h in range(kv_heads):
-            chosen = tokens[b, h, : int(counts[b])].long()
+            chosen = tokens[b, h, : int(counts[b, h])].long()
             where = torch.cat([sink, slot_of_token[b, h, chosen].long() + first_slot, ring])
             rows = slots[b, h, where].float()  # [n, 2 D]
             group = slice(h * heads // kv_heads, (h + 1) * heads // kv_heads)
@@ -146,7 +146,7 @@ def _attend_kernel(
     i_b = (i_bh // KV_HEADS).to(tl.int64)
     i_h = (i_bh % KV_HEADS).to(tl.int64)
     length = tl.load(lengths + i_b)
-    count = tl.load(counts + i_b)
+    count = tl.load(counts + i_bh)
     # The row list: n_sinks sinks, then count selected rows, then the ring from ring_start on.
     n_sinks = tl.minimum(SINKS, length)
     ring_start = tl.maximum(SINKS, length - RECENT)

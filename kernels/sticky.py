@@ -38,23 +38,22 @@ def sticky_topk_reference(
 ) -> None:
     """Write the sticky selection of each sequence and KV head.
 
-    scores [B, Hkv, N] float32; budgets [B] int32: k of each sequence, at most K;
-    lengths [B] int32; previous_tokens [B, Hkv, K'] and previous_counts [B] int32:
-    the previous selection, of which only selectable tokens count. tokens
-    [B, Hkv, K] int32 (ascending, -1 past the count) and counts [B] int32 as
+    scores [B, Hkv, N] float32; budgets [B, Hkv] int32: k of each KV head, at most
+    K; lengths [B] int32; previous_tokens [B, Hkv, K'] and previous_counts [B, Hkv]
+    int32: the previous selection, of which only selectable tokens count. tokens
+    [B, Hkv, K] int32 (ascending, -1 past the count) and counts [B, Hkv] int32 as
     select_topk writes them; they may be the previous selection's own buffers.
     Ties go to the earliest token. A selection always has k tokens: with fewer
     than k - new_rows members (none at the first step), others take their place.
     """
     previous, held = previous_tokens.clone(), previous_counts.tolist()
     tokens.fill_(-1)
-    for b, (budget, length) in enumerate(zip(budgets.tolist(), lengths.tolist(), strict=True)):
+    for b, length in enumerate(lengths.tolist()):
         end = max(sinks, length - recent)
-        count = min(budget, end - sinks)
-        counts[b] = count
-        for h in range(scores.shape[1]):
+        counts[b] = budgets[b].clamp(max=end - sinks)
+        for h, count in enumerate(counts[b].tolist()):
             order = scores[b, h, sinks:end].sort(dim=-1, descending=True, stable=True).indices + sinks
-            member = torch.isin(order, previous[b, h, : held[b]].long())  # best first
+            member = torch.isin(order, previous[b, h, : held[b][h]].long())  # best first
             entering = max(new_rows, count - int(member.sum()))
             allowed = member | ((~member).cumsum(0) <= entering)
             tokens[b, h, :count] = order[allowed][:count].sort().values.int()
@@ -127,8 +126,8 @@ def compact_sticky_kernel(
     blocks, rows = tl.num_programs(0), tl.num_programs(1)
     count, end = span_of_row(budgets, lengths, row, kv_heads, sinks, recent)
     fill_rest(tokens, row, block, blocks, count, k_max)
-    if (block == 0) & (row % kv_heads == 0):
-        tl.store(counts + row // kv_heads, count)
+    if block == 0:
+        tl.store(counts + row, count)
     if block * CHUNK < end:
         used = tl.cdiv(end, CHUNK)
         positions, selectable, key = load_keys(scores, row, block, capacity, sinks, end, CHUNK, VEC)

@@ -33,19 +33,18 @@ def select_topk_reference(
 ) -> None:
     """Write the selection of each sequence and KV head.
 
-    scores [B, Hkv, N] float32; budgets [B] int32: k of each sequence, at most
-    K; lengths [B] int32; tokens [B, Hkv, K] int32 gets the selected positions,
-    ascending, -1 past the count; counts [B] int32 gets
-    min(k, selectable tokens), the same for all KV heads.
+    scores [B, Hkv, N] float32; budgets [B, Hkv] int32: k of each KV head, at
+    most K; lengths [B] int32; tokens [B, Hkv, K] int32 gets the selected
+    positions, ascending, -1 past the count; counts [B, Hkv] int32 gets
+    min(k, selectable tokens).
     """
     tokens.fill_(-1)
-    for b, (budget, length) in enumerate(zip(budgets.tolist(), lengths.tolist(), strict=True)):
+    for b, length in enumerate(lengths.tolist()):
         end = max(sinks, length - recent)
-        count = min(budget, end - sinks)
-        counts[b] = count
-        order = scores[b, :, sinks:end].sort(dim=-1, descending=True, stable=True).indices
-        chosen = order[:, :count].sort(-1).values + sinks  # [Hkv, count]
-        tokens[b, :, :count] = chosen.int()
+        counts[b] = budgets[b].clamp(max=end - sinks)
+        order = scores[b, :, sinks:end].sort(dim=-1, descending=True, stable=True).indices  # [Hkv, T]
+        for h, count in enumerate(counts[b].tolist()):
+            tokens[b, h, :count] = order[h, :count].sort().values.int() + sinks
 
 
 def select_topk_triton(
@@ -84,8 +83,8 @@ def compact_kernel(
     blocks, rows = tl.num_programs(0), tl.num_programs(1)
     count, end = span_of_row(budgets, lengths, row, kv_heads, sinks, recent)
     fill_rest(tokens, row, block, blocks, count, k_max)
-    if (block == 0) & (row % kv_heads == 0):
-        tl.store(counts + row // kv_heads, count)
+    if block == 0:
+        tl.store(counts + row, count)
     if block * CHUNK < end:
         used = tl.cdiv(end, CHUNK)
         positions, selectable, key = load_keys(scores, row, block, capacity, sinks, end, CHUNK, VEC)

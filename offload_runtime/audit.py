@@ -95,11 +95,11 @@ class Audit:
 def attended(cache: LayerCache, selection: Selection, sequence: int, length: int) -> torch.Tensor:
     """Which of a sequence's tokens a step attended to: [Hkv, length] bool."""
     resident, kv_heads = cache.resident, selection.tokens.shape[1]
-    mask = torch.zeros(kv_heads, length, dtype=torch.bool, device=selection.tokens.device)
+    mask = torch.zeros(kv_heads, length + 1, dtype=torch.bool, device=selection.tokens.device)
     mask[:, : resident.sinks] = True
     mask[:, max(0, length - resident.recent) :] = True
-    chosen = selection.tokens[sequence, :, : int(selection.counts[sequence])]  # [Hkv, K]
-    return mask.scatter_(1, chosen.long(), True)
+    chosen = selection.tokens[sequence].long()  # [Hkv, K], -1 past a head's count
+    return mask.scatter_(1, chosen.where(chosen >= 0, length), True)[:, :length]
 
 
 def dense_attention(

@@ -1,9 +1,7 @@
-"""How many tokens each layer has to select to hold a stated share of the attention mass.
+"""How many tokens each KV head has to select to hold a stated share of the attention mass.
 
 Measured at calibration with exact scores, kept in the calibration file, and read
-by `budget_mass`. A budget is one number a layer: the kernels select as many
-tokens for every KV head of a sequence, so a head's own curve is kept but only
-their mean is used.
+by `budget_mass`: every KV head of every layer gets the budget that its own curve asks for.
 """
 
 import itertools
@@ -16,7 +14,7 @@ CONTEXTS = tuple(2**power for power in range(8, 19))  # 256 to 262,144 tokens; a
 BUDGETS = tuple(2**power for power in range(19))  # 1 to 262,144 selected tokens
 QUERIES = 4  # a context and block, the last sixteenth before it: within 6% of its length
 SINKS, RECENT = 16, 64  # the runtime's defaults: held anyway, so they are not counted as selected
-TREND_POINTS = 3  # contexts that a layer's growth beyond the longest one is read from
+TREND_POINTS = 3  # contexts that a head's growth beyond the longest one is read from
 
 
 class MassSums:
@@ -69,18 +67,22 @@ class MassCurve:
         held = torch.stack([layer.held[:, seen] / counts for layer in layers]).float()
         return cls(held, tuple(c for c, known in zip(CONTEXTS, seen.tolist(), strict=True) if known))
 
-    def budgets(self, share: float, tokens: int) -> list[int]:
-        """Tokens that each layer selects to hold `share` of the mass in a context of `tokens`, at least 1.
+    def budgets(self, share: float, tokens: int) -> list[list[int]]:
+        """Tokens that each layer's KV heads select to hold `share` of the mass in a context of `tokens`.
 
         Between measured contexts and below them by interpolation. Beyond the longest
         the growth of the last ones goes on (a straight line in logarithms, from constant
         to proportional): an extrapolation, which `ds-offload eval attention` can check.
+        At least 1.
         """
-        return [max(1, math.ceil(need(layer.mean(0), self.contexts, share, tokens))) for layer in self.held]
+        return [
+            [max(1, math.ceil(need(head, self.contexts, share, tokens))) for head in layer]
+            for layer in self.held
+        ]
 
 
 def need(held: torch.Tensor, contexts: tuple[int, ...], share: float, tokens: int) -> float:
-    """Tokens one layer needs, from its curve held [contexts, budgets]."""
+    """Tokens one KV head needs, from its curve held [contexts, budgets]."""
     known = [(math.log2(c), log_need(row.tolist(), share)) for c, row in zip(contexts, held, strict=True)]
     at = math.log2(tokens)
     if at <= known[0][0]:

@@ -19,7 +19,7 @@ Budget = Annotated[
 BudgetMass = Annotated[
     float | None,
     typer.Option(
-        help="Select in every layer only what holds this share of the attention mass, --budget at most."
+        help="Select for every KV head only what holds this share of the attention mass, --budget at most."
     ),
 ]
 Prefetch = Annotated[str | None, typer.Option(help="correct, predict or off. [default: correct]")]

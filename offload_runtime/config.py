@@ -24,7 +24,7 @@ class RuntimeConfig:
     ctx: most tokens of a sequence, prompt plus new ones.
     budget: tokens selected per KV head besides sinks and recent ones, as a
         fraction of the sequence ("1/16", 0.0625) or as a count (2048).
-    budget_mass: select in every layer only as many tokens as hold this share of the
+    budget_mass: select for every KV head only as many tokens as hold this share of its
         attention mass by the calibration's measurements, `budget` at most; None: `budget`.
     prefetch: "correct" (prediction only moves rows early), "predict" (attention
         uses the predicted selection, the paper's DS-Offload) or "off".

@@ -121,7 +121,8 @@ class Session:
         self.state.step.zero_()
         if self.audit is not None:
             self.audit.clear()
-        self._set_budgets([len(prompt) + new_tokens for prompt in prompts])
+        for index, prompt in enumerate(prompts):
+            self._set_budgets(index, len(prompt) + new_tokens)
         work = sum(len(prompt) - k for prompt, k in zip(prompts, kept, strict=True)) * len(self.caches)
         finished, logits = 0, []
         self.pinned_wait_s = 0.0
@@ -180,9 +181,7 @@ class Session:
 
     def fill_place(self, place: int, length: int, new_tokens: int) -> None:
         """Let steps go on with a place whose prompt of `length` tokens is prefilled."""
-        budgets = layer_budgets(self.config, self.calibration, len(self.caches), length + new_tokens)
-        for index, cache in self.offloaded.items():
-            cache.budgets[place].fill_(budgets[index])
+        self._set_budgets(place, length + new_tokens)
         self.state.lengths[place].fill_(length)
         self.state.active[place].fill_(1)
 
@@ -198,11 +197,14 @@ class Session:
         for cache in self.offloaded.values():
             cache.resident.release()
 
-    def _set_budgets(self, tokens: Sequence[int]) -> None:
-        """Give every offloaded layer the K of each sequence, from the tokens it will have."""
-        by_sequence = [layer_budgets(self.config, self.calibration, len(self.caches), n) for n in tokens]
+    def _set_budgets(self, sequence: int, tokens: int) -> None:
+        """Give every offloaded layer the K of a sequence's KV heads, from the tokens it will have."""
+        budgets = head_budgets(self.config, self.calibration, tokens)
         for index, cache in self.offloaded.items():
-            cache.budgets.copy_(torch.tensor([budgets[index] for budgets in by_sequence], dtype=torch.int32))
+            if isinstance(budgets, int):
+                cache.budgets[sequence].fill_(budgets)
+            else:
+                cache.budgets[sequence].copy_(torch.tensor(budgets[index], dtype=torch.int32))
 
     def _keep(self, prompts: Sequence[torch.Tensor], new_tokens: int) -> list[int]:
         """Leading tokens of each prompt that stay cached; forgets all others."""
@@ -259,17 +261,18 @@ class Session:
             mine.load(index, theirs.host.rows[index, :, : len(ids)])
 
 
-def layer_budgets(config: RuntimeConfig, calibration: Calibration, layers: int, tokens: int) -> list[int]:
-    """K of every layer for so many tokens: config.budget, or less where less holds budget_mass.
+def head_budgets(config: RuntimeConfig, calibration: Calibration, tokens: int) -> int | list[list[int]]:
+    """K for so many tokens: config.budget, or of each layer's KV heads, less where less holds budget_mass.
 
-    LEAST_ADAPTIVE at least: a mean over text does not show what a layer looks up once in
+    LEAST_ADAPTIVE at least: a mean over text does not show what a head looks up once in
     a document. Without a measured curve (a prompt of fewer than 256 tokens calibrates
     itself) config.budget is K.
     """
     cap, curve = config.budget_tokens(tokens), calibration.mass_curve
     if config.budget_mass is None or curve is None:
-        return [cap] * layers
-    return [min(cap, max(LEAST_ADAPTIVE, need)) for need in curve.budgets(config.budget_mass, tokens)]
+        return cap
+    needs = curve.budgets(config.budget_mass, tokens)
+    return [[min(cap, max(LEAST_ADAPTIVE, need)) for need in layer] for layer in needs]
 
 
 def predicted_layers(

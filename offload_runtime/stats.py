@@ -20,7 +20,7 @@ def layer_stats(
 ) -> dict[str, Any]:
     """Row counts of one layer since its caches were cleared; of one sequence if `place` names it.
 
-    budgets: K of each sequence; selected: rows attended to besides sinks and recent ones; hits: those that
+    budgets: K of each sequence and KV head; selected: rows attended to besides sinks and recent ones; hits: those that
     were on the GPU when attention wanted them; misses: those fetched then and
     there; prefetched: rows fetched on a prediction; recall: the part of the true
     selection that this step's prediction had selected too (None without one).
@@ -53,7 +53,7 @@ def collect(
 ) -> dict[str, Any]:
     """The layers' counts and their sums: hit_rate, prefetch_recall, gather_gb; of one sequence or of all.
 
-    budget_tokens: mean K over offloaded layers and sequences, which adaptive budgets lower.
+    budget_tokens: mean K over offloaded layers, sequences and KV heads, which adaptive budgets lower.
     """
     layers = [
         layer_stats(cache, attend_predicted and index in predicted, place)
@@ -61,7 +61,7 @@ def collect(
     ]
     selected = sum(layer["selected"] for layer in layers)
     recalls = [layer["recall"] for layer in layers if layer["recall"] is not None]
-    budgets = [k for layer in layers for k in layer.get("budgets", ())]
+    budgets = [k for layer in layers for heads in layer.get("budgets", ()) for k in heads]
     return {
         "budget_tokens": sum(budgets) / len(budgets) if budgets else None,
         "hit_rate": sum(layer["hits"] for layer in layers) / selected if selected else None,

@@ -26,13 +26,13 @@ from .tiny_model import tiny_llama
 
 
 def curve(needs, contexts=(256, 512, 1024)):
-    """A curve of one KV head that holds exactly 0.875 at needs[layer][context], a power of two."""
-    held = torch.full((len(needs), 1, len(contexts), len(BUDGETS)), 0.5)
-    for layer, row in enumerate(needs):
-        for c, need in enumerate(row):
-            held[layer, 0, c, BUDGETS.index(need) :] = torch.linspace(
-                0.875, 1, len(BUDGETS) - BUDGETS.index(need)
-            )
+    """A curve that holds exactly 0.875 at needs[layer][KV head][context], a power of two."""
+    held = torch.full((len(needs), len(needs[0]), len(contexts), len(BUDGETS)), 0.5)
+    for layer, heads in enumerate(needs):
+        for head, row in enumerate(heads):
+            for c, need in enumerate(row):
+                at = BUDGETS.index(need)
+                held[layer, head, c, at:] = torch.linspace(0.875, 1, len(BUDGETS) - at)
     return MassCurve(held, contexts)
 
 
@@ -56,12 +56,12 @@ def test_places_lie_within_a_sixteenth_below_their_context():
 
 def test_budgets_between_below_and_beyond_the_measured_contexts():
     growing, constant = [16, 32, 64], [8, 8, 8]
-    made = curve([growing, constant])
-    assert made.budgets(0.875, 512) == [32, 8]
-    assert made.budgets(0.875, 724) == [46, 8]  # half way in logarithms: 2^5.5 = 45.25, rounded up
-    assert made.budgets(0.875, 128) == [8, 4]
-    assert made.budgets(0.875, 262144) == [16384, 8]  # a sixteenth goes on, a constant too
-    more = made.budgets(0.95, 512)
+    made = curve([[growing, constant]])
+    assert made.budgets(0.875, 512) == [[32, 8]]
+    assert made.budgets(0.875, 724) == [[46, 8]]  # half way in logarithms: 2^5.5 = 45.25, rounded up
+    assert made.budgets(0.875, 128) == [[8, 4]]
+    assert made.budgets(0.875, 262144) == [[16384, 8]]  # a sixteenth goes on, a constant too
+    (more,) = made.budgets(0.95, 512)
     assert more[0] > 32
     assert more[1] > 8
 
@@ -93,18 +93,22 @@ def runtime(model, needs=None, **settings):
     return made
 
 
-NEEDS = [[4] * 3, [128] * 3, [512] * 3]  # constant in the context, so K is the least, 128 and, capped, 200
+# Constant in the context, so K is the least, 128 and, capped, 200; a layer's two KV heads differ.
+LOW, MIDDLE, HIGH = [4] * 3, [128] * 3, [512] * 3
+NEEDS = [[LOW, MIDDLE], [MIDDLE, HIGH], [HIGH, HIGH]]
+BUDGETS_OF_NEEDS = [[64, 128], [128, 200], [200, 200]]
 
 
-def test_layers_get_their_own_budgets_within_the_cap():
+def test_every_kv_head_gets_its_own_budget_within_the_cap():
     model, ids = random_llama(), random_ids(400)
     made = runtime(model, NEEDS, budget=200, budget_mass=0.875)
     made.generate(ids, max_new_tokens=9, do_sample=False)
-    kv_heads, steps = model.config.num_key_value_heads, 8
-    layers = made.stats["layers"]
-    assert [layer["budgets"] for layer in layers] == [[64], [128], [200]]
-    assert [layer["selected"] for layer in layers] == [k * kv_heads * steps for k in (64, 128, 200)]
-    assert made.stats["budget_tokens"] == pytest.approx((64 + 128 + 200) / 3)
+    layers, steps = made.stats["layers"], 8
+    assert [layer["budgets"] for layer in layers] == [[heads] for heads in BUDGETS_OF_NEEDS]
+    assert [layer["selected"] for layer in layers] == [sum(heads) * steps for heads in BUDGETS_OF_NEEDS]
+    assert made.stats["budget_tokens"] == pytest.approx(920 / 6)
+    selection = made._session.prefetcher.selection  # the last layer's, of the last step
+    assert (selection.tokens >= 0).sum(-1).tolist() == [BUDGETS_OF_NEEDS[-1]]
     fixed = runtime(model, budget=200)
     fixed.generate(ids, max_new_tokens=9, do_sample=False)
     assert made._session.layout == fixed._session.layout  # the same slots, so the plan is the cap's
@@ -114,11 +118,12 @@ def test_layers_get_their_own_budgets_within_the_cap():
 def test_equal_needs_are_the_fixed_budget_bit_for_bit():
     model, ids = random_llama(), random_ids(300)
     _, fixed = logits_of(runtime(model, budget=128).generate, ids, 8)
-    equal = runtime(model, [[128] * 3] * 3, budget=200, budget_mass=0.875)
+    equal = runtime(model, [[MIDDLE] * 2] * 3, budget=200, budget_mass=0.875)
     _, adaptive = logits_of(equal.generate, ids, 8)
     assert equal.stats["budget_tokens"] == 128
     torch.testing.assert_close(adaptive, fixed, rtol=1e-5, atol=1e-5)  # buffers of 200: other summation order
-    _, capped = logits_of(runtime(model, [[256] * 3] * 3, budget=128, budget_mass=0.875).generate, ids, 8)
+    above = runtime(model, [[HIGH] * 2] * 3, budget=128, budget_mass=0.875)
+    _, capped = logits_of(above.generate, ids, 8)
     assert torch.equal(capped, fixed)  # the cap is the same budget in the same buffers
 
 
@@ -135,13 +140,13 @@ def test_correct_prefetch_equals_off_with_adaptive_budgets(new_rows):
 
 def test_a_batch_has_budgets_by_its_lengths():
     model = random_llama()
-    growing = [[64, 128, 256]] * 3  # a quarter of the context
+    growing = [[[64, 128, 256]] * 2] * 3  # a quarter of the context
     made = runtime(model, growing, budget=256, budget_mass=0.875)
     ids = random_ids(500, batch=2)
     mask = torch.ones_like(ids)
     mask[1, :250] = 0  # 250 tokens, padded on the left
     made.generate(ids, mask, max_new_tokens=12, do_sample=False)
-    assert made.stats["layers"][0]["budgets"] == [128, 66]  # of 512 and 262 tokens
+    assert made.stats["layers"][0]["budgets"] == [[128, 128], [66, 66]]  # of 512 and 262 tokens
 
 
 def test_a_calibration_that_measured_nothing_is_refused_and_a_short_prompt_is_not():
@@ -154,5 +159,5 @@ def test_a_calibration_that_measured_nothing_is_refused_and_a_short_prompt_is_no
     made.generate(random_ids(100), max_new_tokens=2, do_sample=False)
     assert made.stats["budget_tokens"] == 24
     made.generate(random_ids(600), max_new_tokens=2, do_sample=False)
-    assert all(layer["budgets"][0] <= 24 for layer in made.stats["layers"])
+    assert all(max(layer["budgets"][0]) <= 24 for layer in made.stats["layers"])
     assert made._session.calibration.mass_curve is not None

@@ -75,8 +75,8 @@ def test_nothing_is_selected(kind, on_gpu, device):
     scores = torch.full((3, 2, CAPACITY), float("nan"), device=device)
     scores[1] = draw(2, CAPACITY, device=device)
     tokens = torch.full((3, 2, BUDGET), 9, dtype=torch.int32, device=device)
-    counts = torch.full((3,), 9, dtype=torch.int32, device=device)
-    budgets = torch.tensor([0, BUDGET, 0], dtype=torch.int32, device=device)
+    counts = torch.full((3, 2), 9, dtype=torch.int32, device=device)
+    budgets = torch.tensor([[0] * 2, [BUDGET] * 2, [0] * 2], dtype=torch.int32, device=device)
     if kind == "exact":
         run = select_topk_triton if on_gpu else select_topk_reference
         run(scores, budgets, lengths_on(device), SINKS, RECENT, tokens, counts)
@@ -84,7 +84,7 @@ def test_nothing_is_selected(kind, on_gpu, device):
         run = sticky_topk_triton if on_gpu else sticky_topk_reference
         previous = torch.full_like(tokens, -1), torch.zeros_like(counts)
         run(scores, budgets, 3, lengths_on(device), SINKS, RECENT, *previous, tokens, counts)
-    assert counts.tolist() == [0, BUDGET, 0]
+    assert counts.tolist() == [[0] * 2, [BUDGET] * 2, [0] * 2]
     assert (tokens[[0, 2]] == -1).all()
     assert (tokens[1] >= SINKS).all()
 
@@ -98,12 +98,12 @@ def test_the_cluster_kernel_selects_nothing(sticky):
     codes = draw(3, 2, CAPACITY, CHANNELS, device="cuda").half()
     scales = torch.empty(3, 2, 0, 2, dtype=torch.float16, device="cuda")
     tokens = torch.full((3, 2, BUDGET), 9, dtype=torch.int32, device="cuda")
-    counts = torch.full((3,), 9, dtype=torch.int32, device="cuda")
-    budgets = torch.tensor([0, BUDGET, 0], dtype=torch.int32, device="cuda")
+    counts = torch.full((3, 2), 9, dtype=torch.int32, device="cuda")
+    budgets = torch.tensor([[0] * 2, [BUDGET] * 2, [0] * 2], dtype=torch.int32, device="cuda")
     before = torch.full_like(tokens, -1) if sticky else None
     limits = (budgets, lengths_on("cuda"), SINKS, RECENT)
     select_by_labels_cluster(labels, offsets, codes, scales, 16, *limits, tokens, counts, before, 3)
-    assert counts.tolist() == [0, BUDGET, 0]
+    assert counts.tolist() == [[0] * 2, [BUDGET] * 2, [0] * 2]
     assert (tokens[[0, 2]] == -1).all()
 
 
@@ -113,7 +113,7 @@ def test_attention_is_zero_and_the_neighbour_is_untouched(run, sinks, device):
     slots = torch.full((3, 2, SINKS + RECENT + SLOTS, 2 * DIM), float("nan"), device=device)
     slots[1] = draw(*slots.shape[1:], device=device)
     tokens = torch.arange(BUDGET, dtype=torch.int32, device=device).expand(3, 2, -1).contiguous() + SINKS
-    counts = torch.tensor([0, BUDGET, 0], dtype=torch.int32, device=device)
+    counts = torch.tensor([[0] * 2, [BUDGET] * 2, [0] * 2], dtype=torch.int32, device=device)
     places = torch.arange(CAPACITY, dtype=torch.int32, device=device).expand(3, 2, -1).contiguous() % SLOTS
     query, logits = draw(3, 4, DIM, device=device), draw(4, device=device) if sinks else None
 

@@ -44,7 +44,7 @@ class Step:
         self.query_map = torch.randn(heads * group, channels, dim, device="cuda") / dim**0.5
         self.key_mean = torch.randn(heads, dim, device="cuda")
         self.lengths = torch.ones(1, dtype=torch.int32, device="cuda")
-        self.counts = torch.zeros(1, dtype=torch.int32, device="cuda")
+        self.counts = torch.zeros(1, heads, dtype=torch.int32, device="cuda")
         self.tokens = torch.zeros(1, heads, BUDGET, dtype=torch.int32, device="cuda")
         self.places = torch.arange(BUDGET, dtype=torch.int32, device="cuda").expand(1, heads, -1).contiguous()
         self.slot_of_token = torch.zeros(1, heads, N, dtype=torch.int32, device="cuda")
@@ -70,8 +70,7 @@ class Step:
             self.query, self.query_map, self.key_mean, self.slots, self.lengths, SINKS, RECENT, scale, True
         )
         score(ql, offsets, self.codes, self.scales, 4, self.lengths, SINKS, RECENT, self.scores)
-        counts = self.counts[:, None].expand(1, 2).contiguous()
-        gather(self.host_rows, self.tokens, self.places, counts, self.slots, self.first_slot)
+        gather(self.host_rows, self.tokens, self.places, self.counts, self.slots, self.first_slot)
         selection = (self.tokens, self.counts, self.slot_of_token)
         self.out.copy_(attend(self.query, self.slots, *selection, self.lengths, SINKS, RECENT, scale))
 

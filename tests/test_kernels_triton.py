@@ -193,14 +193,17 @@ def attention_inputs(lengths, budget, group, dim, dtype, device, capacity=1000):
     slots = nans(batch, heads, SINKS + RECENT + n_slots, 2 * dim, dtype=dtype, device=device)
     tokens = torch.full((batch, heads, budget), -1, dtype=torch.int32, device=device)
     slot_of_token = torch.full((batch, heads, capacity), -1, dtype=torch.int32, device=device)
-    counts = [max(0, min(budget, length - RECENT - SINKS)) for length in lengths]
+    # The second KV head selects half as many, as adaptive budgets have it.
+    counts = [
+        [max(0, min(k, length - RECENT - SINKS)) for k in (budget, budget // 2)] for length in lengths
+    ]
     for b, length in enumerate(lengths):
         local = list(range(min(SINKS, length))) + list(range(max(SINKS, length - RECENT), length))
         for position in local:
             place = position if position < SINKS else SINKS + position % RECENT
             slots[b, :, place] = torch.randn(heads, 2 * dim, device=device).to(dtype)
         for h in range(heads):
-            n = counts[b]
+            n = counts[b][h]
             chosen = SINKS + torch.randperm(max(length - RECENT - SINKS, 0))[:n].sort().values
             where = torch.randperm(n_slots)[:n]
             tokens[b, h, :n] = chosen.int().to(device)

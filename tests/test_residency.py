@@ -47,11 +47,13 @@ class Resident:
 
 
 def random_selection(generator, batch, kv_heads, capacity, k_max, counts, device):
+    """counts: of each sequence a number, or a list with a number for each KV head."""
     tokens = torch.full((batch, kv_heads, k_max), -1, dtype=torch.int32)
-    for b, count in enumerate(counts):
-        for h in range(kv_heads):
+    per_head = torch.tensor(counts, dtype=torch.int32).view(batch, -1).expand(-1, kv_heads).contiguous()
+    for b, row in enumerate(per_head.tolist()):
+        for h, count in enumerate(row):
             tokens[b, h, :count] = torch.randperm(capacity, generator=generator)[:count].sort().values.int()
-    return tokens.to(device), torch.tensor(counts, dtype=torch.int32, device=device)
+    return tokens.to(device), per_head.to(device)
 
 
 def run_both(selections, batch, kv_heads, capacity, n_slots, k_max, device):
@@ -84,6 +86,14 @@ def test_random_selections(capacity, n_slots, k_max, device):
         for i in range(6)
     ]
     run_both(selections, 2, 2, capacity, n_slots, k_max, device)
+
+
+def test_every_kv_head_has_its_own_count(device):
+    generator = torch.Generator().manual_seed(6)
+    counts = ([[50, 3], [0, 20]], [[10, 50], [50, 0]], [[1, 30], [49, 50]])
+    selections = [random_selection(generator, 2, 2, 400, 50, c, device) for c in counts]
+    kernel = run_both(selections, 2, 2, 400, 60, 50, device)
+    assert kernel.counters[:, :, 0].tolist() == [[53 + 31, 60], [20 + 99, 50]]
 
 
 def test_same_selection_again_is_all_hits(device):

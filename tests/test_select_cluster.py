@@ -23,7 +23,10 @@ SINKS, RECENT = 4, 64
 
 
 class Problem:
-    """Random labels and queries on the GPU; label cache entries past the lengths are NaN or 255."""
+    """Random labels and queries on the GPU; label cache entries past the lengths are NaN or 255.
+
+    budgets: of each sequence a number, or a list with a number for each KV head.
+    """
 
     def __init__(self, lengths, capacity, budgets, kv_heads=2, group=4, channels=32, bits=4, seed=0):
         generator = torch.Generator("cuda").manual_seed(seed)
@@ -44,14 +47,15 @@ class Problem:
             scales[b, :, length:] = float("nan")
         self.codes, self.scales, self.bits = codes.contiguous(), scales.contiguous(), bits
         self.lengths = torch.tensor(lengths, dtype=torch.int32, device="cuda")
-        self.budgets = torch.tensor(budgets, dtype=torch.int32, device="cuda")
+        per_head = torch.tensor(budgets, dtype=torch.int32, device="cuda").view(batch, -1)
+        self.budgets = per_head.expand(-1, kv_heads).contiguous()  # [B, Hkv]
         self.shape = (batch, kv_heads, capacity)
-        self.k_max = max(budgets)
+        self.k_max = int(self.budgets.max())
 
     def empty_selection(self):
         batch, kv_heads, _ = self.shape
         tokens = torch.full((batch, kv_heads, self.k_max), -1, dtype=torch.int32, device="cuda")
-        return tokens, torch.zeros(batch, dtype=torch.int32, device="cuda")
+        return tokens, torch.zeros(batch, kv_heads, dtype=torch.int32, device="cuda")
 
     def scores(self):
         scores = torch.empty(self.shape, device="cuda")
@@ -71,8 +75,8 @@ class Problem:
 def check(tokens, counts, expected_tokens, expected_counts, scores):
     """Counts and order exactly; the two selections only differ in tokens of nearly equal score."""
     assert torch.equal(counts, expected_counts)
-    for b, count in enumerate(counts.tolist()):
-        for h in range(tokens.shape[1]):
+    for b, per_head in enumerate(counts.tolist()):
+        for h, count in enumerate(per_head):
             got, want = tokens[b, h, :count].long(), expected_tokens[b, h, :count].long()
             assert (tokens[b, h, count:] == -1).all()
             assert (got[1:] > got[:-1]).all()
@@ -130,6 +134,12 @@ def test_ragged_batch():
 
 @pytest.mark.gpu
 @needs_clusters
+def test_every_kv_head_has_its_own_budget():
+    compare(Problem([30000, 500], 30000, [[4096, 1, 300, 0], [2, 500, 77, 100]], kv_heads=4))
+
+
+@pytest.mark.gpu
+@needs_clusters
 def test_equal_scores_go_to_the_earliest():
     problem = Problem([20000], 20000, [1500])
     problem.query_labels.zero_()
@@ -169,8 +179,8 @@ def test_sticky_selection(new_rows):
         )  # fmt: skip
         check(tokens, counts, expected, expected_counts, scores)
         if step:
-            for b, count in enumerate(counts.tolist()):
-                for h in range(tokens.shape[1]):
+            for b, per_head in enumerate(counts.tolist()):
+                for h, count in enumerate(per_head):
                     new = ~torch.isin(tokens[b, h, :count], before[b, h])
                     assert int(new.sum()) <= new_rows
 

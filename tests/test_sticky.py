@@ -23,8 +23,9 @@ def run_steps(run, all_scores, budgets, new_rows, all_lengths, k_max, device, in
     """The selections (tokens, counts) of consecutive steps, the first from an empty one."""
     batch, kv_heads, _ = all_scores[0].shape
     tokens = torch.full((batch, kv_heads, k_max), -1, dtype=torch.int32, device=device)
-    counts = torch.zeros(batch, dtype=torch.int32, device=device)
-    budgets = torch.tensor(budgets, dtype=torch.int32, device=device)
+    counts = torch.zeros(batch, kv_heads, dtype=torch.int32, device=device)
+    budgets = torch.tensor(budgets, dtype=torch.int32, device=device).view(batch, -1)
+    budgets = budgets.expand(-1, kv_heads).contiguous()  # a number a sequence, or a list of one a KV head
     results = []
     for scores, lengths in zip(all_scores, all_lengths, strict=True):
         scores = scores.clone()
@@ -72,6 +73,13 @@ def test_ragged_batch_and_growing_spans(device):
     compare(scores, [128, 60, 9], 16, lengths, 128, device)
 
 
+def test_every_kv_head_has_its_own_budget(device):
+    """One head selects few, one all that there are, and one grows into its budget."""
+    scores = list(drifting_scores(3, 1, 3, 2500, 0.5))
+    results = compare(scores, [[9, 700, 128]], 16, [[600], [650], [2500]], 700, device)
+    assert [counts.tolist() for _, counts in results] == [[[9, 580, 128]], [[9, 630, 128]], [[9, 700, 128]]]
+
+
 def test_reference_keeps_its_promises():
     """At most new_rows are new; those are the best others; without need it is the exact top-k."""
     scores = list(drifting_scores(2, 1, 1, 2000, 0.7))
@@ -84,8 +92,8 @@ def test_reference_keeps_its_promises():
     others[first[0, 0].long()] = float("-inf")
     assert new == sorted(others.topk(25).indices.tolist())
     exact = torch.empty_like(second)
-    counts = torch.empty(1, dtype=torch.int32)
-    budgets, length = torch.tensor([200]), torch.tensor([2000])
+    counts = torch.empty(1, 1, dtype=torch.int32)
+    budgets, length = torch.tensor([[200]]), torch.tensor([2000])
     select_topk_reference(scores[1], budgets, length, SINKS, RECENT, exact, counts)
     (_, _), (loose, _) = run_steps(sticky_topk_reference, scores, [200], 200, lengths, 200, "cpu", False)
     assert torch.equal(loose, exact)
@@ -104,10 +112,10 @@ def test_256k_tokens(budget, new_rows):
 def test_captured_in_a_cuda_graph():
     scores = [s.cuda() for s in drifting_scores(3, 1, 2, 20000, 0.5)]
     buffer = scores[0].clone()
-    budgets = torch.tensor([1000], dtype=torch.int32, device="cuda")
+    budgets = torch.full((1, 2), 1000, dtype=torch.int32, device="cuda")
     lengths = torch.tensor([20000], dtype=torch.int32, device="cuda")
     tokens, expected = (torch.full((1, 2, 1000), -1, dtype=torch.int32, device="cuda") for _ in range(2))
-    counts, expected_counts = (torch.zeros(1, dtype=torch.int32, device="cuda") for _ in range(2))
+    counts, expected_counts = (torch.zeros(1, 2, dtype=torch.int32, device="cuda") for _ in range(2))
     shared = (budgets, 60, lengths, SINKS, RECENT)
     sticky_topk(buffer, *shared, tokens.clone(), counts.clone(), tokens.clone(), counts.clone())
     torch.cuda.synchronize()

@@ -10,18 +10,22 @@ def selection(run, scores, budgets, lengths, sinks, recent, k_max):
     """(tokens, counts) of one implementation; what it must write starts as rubbish."""
     batch, kv_heads, _ = scores.shape
     tokens = torch.full((batch, kv_heads, k_max), 12345, dtype=torch.int32, device=scores.device)
-    counts = torch.full((batch,), 12345, dtype=torch.int32, device=scores.device)
+    counts = torch.full((batch, kv_heads), 12345, dtype=torch.int32, device=scores.device)
     run(scores, budgets, lengths, sinks, recent, tokens, counts)
     return tokens.cpu(), counts.cpu()
 
 
 def compare(scores, budgets, lengths, sinks, recent, k_max, device):
-    """Both implementations on scores that are NaN outside the selectable span."""
+    """Both implementations on scores that are NaN outside the selectable span.
+
+    budgets: of each sequence a number, or a list with a number for each KV head.
+    """
     scores = scores.clone()
     for b, length in enumerate(lengths):
         scores[b, :, :sinks] = float("nan")
         scores[b, :, max(sinks, length - recent) :] = float("nan")
-    budgets = torch.tensor(budgets, dtype=torch.int32, device=device)
+    budgets = torch.tensor(budgets, dtype=torch.int32, device=device).view(len(lengths), -1)
+    budgets = budgets.expand(-1, scores.shape[1]).contiguous()  # [B, Hkv]
     lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
     arguments = (scores.to(device), budgets, lengths, sinks, recent, k_max)
     expected_tokens, expected_counts = selection(select_topk_reference, *arguments)
@@ -44,8 +48,15 @@ def test_random_scores(length, budget, device):
 def test_ragged_batch(device):
     scores = normal(3, 2, 5000)
     tokens, counts = compare(scores, [300, 7, 400], [4999, 40, 2500], 4, 64, 400, device)
-    assert counts.tolist() == [300, 0, 400]
+    assert counts.tolist() == [[300] * 2, [0] * 2, [400] * 2]
     assert (tokens[1] == -1).all()
+
+
+def test_every_kv_head_has_its_own_budget(device):
+    lengths, budgets = [4000, 200], [[300, 0, 7], [1, 400, 90]]
+    tokens, counts = compare(normal(2, 3, 4000), budgets, lengths, 4, 64, 400, device)
+    assert counts.tolist() == [[300, 0, 7], [1, 132, 90]]
+    assert ((tokens >= 0).sum(-1) == counts).all()
 
 
 @pytest.mark.parametrize("kind", ["equal", "two values", "rounded", "negative", "infinite", "zeros"])
@@ -70,18 +81,18 @@ def test_a_row_longer_than_a_histogram_group(device):
 @pytest.mark.parametrize("budget", [984, 1000])
 def test_budget_of_every_selectable_token(budget, device):
     tokens, counts = compare(normal(1, 2, 1004), [budget], [1004], 4, 16, 1000, device)
-    assert counts.tolist() == [984]
+    assert counts.tolist() == [[984] * 2]
     assert torch.equal(tokens[0, 0, :984], torch.arange(4, 988, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("length", [0, 3, 4, 20, 21])
 def test_shorter_than_sinks_and_recent(length, device):
     _, counts = compare(normal(1, 2, 1000), [8], [length], 4, 16, 8, device)
-    assert counts.tolist() == [max(0, length - 20)]
+    assert counts.tolist() == [[max(0, length - 20)] * 2]
 
 
 def test_public_name_uses_the_device_of_the_scores(device):
-    scores, budgets = normal(1, 1, 500).to(device), torch.tensor([9], dtype=torch.int32, device=device)
+    scores, budgets = normal(1, 1, 500).to(device), torch.tensor([[9]], dtype=torch.int32, device=device)
     lengths = torch.tensor([500], dtype=torch.int32, device=device)
     expected = selection(select_topk_reference, scores, budgets, lengths, 4, 16, 9)
     assert torch.equal(selection(select_topk, scores, budgets, lengths, 4, 16, 9)[0], expected[0])
@@ -100,10 +111,10 @@ def test_256k_tokens(batch, budget):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_replays_in_a_cuda_graph_with_new_lengths():
     scores = normal(1, 8, 65536).cuda()
-    budgets = torch.tensor([4096], dtype=torch.int32, device="cuda")
+    budgets = torch.full((1, 8), 4096, dtype=torch.int32, device="cuda")
     lengths = torch.tensor([60000], dtype=torch.int32, device="cuda")
     tokens = torch.empty(1, 8, 4096, dtype=torch.int32, device="cuda")
-    counts = torch.empty(1, dtype=torch.int32, device="cuda")
+    counts = torch.empty(1, 8, dtype=torch.int32, device="cuda")
     select_topk_triton(scores, budgets, lengths, 4, 64, tokens, counts)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

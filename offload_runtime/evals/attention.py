@@ -55,12 +55,14 @@ class LayerWatch:
         rows = cache.host.rows[0, :, :length]
         _, logits, lse = dense_attention(query[0], rows, scale, *more)
         mass = (logits - lse[:, None]).exp().unflatten(0, (rows.shape[0], -1)).mean(1)  # [Hkv, T]
-        used, count = attended(cache, selection, 0, length), int(selection.counts[0])
+        used, counts = attended(cache, selection, 0, length), selection.counts[0]  # counts [Hkv]
         fixed = fixed_tokens(cache, length)
-        if not count:
+        most = int(counts.max())
+        if not most:
             return
-        order = mass.masked_fill(fixed, -1.0).topk(count).indices  # [Hkv, K]
-        best = torch.zeros_like(used).scatter_(1, order, True)
+        order = mass.masked_fill(fixed, -1.0).topk(most).indices  # [Hkv, K], best first
+        within = torch.arange(most, device=counts.device) < counts[:, None]  # [Hkv, K]
+        best = torch.zeros_like(used).scatter_(1, order, within)
         chosen = used & ~fixed
         self.add("oracle", (mass * (best | fixed)).sum(-1).mean())
         self.add("attended", (mass * used).sum(-1).mean())
