@@ -8,6 +8,7 @@ The files hold one {"task", "prompt", "gold"} a line; prompts that are too long 
 their middle, as LongBench cuts them. Each prompt is prefilled once and answered dense
 and under every budget (bench/shared_prefill.py); cases of the tasks take turns, so a
 run that is cut off has some of every task, and the same command goes on from there.
+OUT gets results.jsonl (a row as soon as it is known), summary.json, table.md and a picture.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 from offload_runtime.bench.machine import machine
 from offload_runtime.bench.shared_prefill import EVERYTHING, Job, SharedPrefill, of_suite, run_job
 from offload_runtime.engine import OffloadedModel
+from offload_runtime.errors import UserError
 from offload_runtime.evals import longbench
 from offload_runtime.evals.asking import ask
 from offload_runtime.evals.cases import Group, Tokens
@@ -56,18 +58,29 @@ def run_all(options: argparse.Namespace, known: Results, failures: list[str]) ->
     tokens, name = Tokens(runtime.tokenizer, options.chat), Path(options.model).name
     groups = longbench.groups(tokens, options.ctx, options.file, options.limit)
     sparse = [Setting(budget, None, options.label_bits) for budget in options.budget]
-    shared = SharedPrefill(runtime)
+    shared = SharedPrefill(runtime, least=options.ctx)
     for group in in_turns(groups, options.limit):
         job = Job("longbench", group, (DENSE, *sparse), judged, {"chat": options.chat})
         try:
             if not run_job(job, shared, name, known, until):
                 return
         except Exception as error:  # a case that fails must not cost the others
+            shared.prefix = None
             failures.append(f"{group.task} {group.cases[0].name}: {error!r}")
             traceback.print_exc()
             runtime.close()
-            shared.prefix = None
         print(f"{group.task} {group.cases[0].name}", flush=True)
+
+
+def markdown(lines: list[dict[str, Any]]) -> str:
+    """Scores in percent by task, dense beside every budget on the cases that both answered."""
+    sparse = [line for line in lines if line["budget"] != DENSE.budget]
+    out = ["| task | budget | cases | dense % | sparse % | points |", "| --- | --- | --- | --- | --- | --- |"]
+    for line in sorted(sparse, key=lambda line: line["budget"]):
+        score, dense = 100 * line["score"], 100 * line["dense"]
+        figures = f"{dense:.1f} | {score:.1f} | {score - dense:+.1f}"
+        out.append(f"| {line['task']} | {line['budget']} | {line['cases']} | {figures} |")
+    return "\n".join(out) + "\n"
 
 
 def main() -> None:
@@ -89,16 +102,19 @@ def main() -> None:
     make_folder(options.out)
     known, failures = Results(options.out / "results.jsonl"), []  # type: Results, list[str]
     if options.minutes > 0:
-        run_all(options, known, failures)
+        try:
+            run_all(options, known, failures)
+        except UserError as error:  # a file that is missing, a model that cannot be read
+            parser.exit(2, f"{error}\n")
     rows = of_suite(known, "longbench")
     if not rows:
         print("no case was answered in time")
         return
     summary = {"machine": machine(), "failures": failures, "lines": with_averages(summarise(rows, None))}
     (options.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (options.out / "table.md").write_text(markdown(summary["lines"]))
     score_bars(rows, options.out, "longbench")
-    for line in summary["lines"]:
-        print(json.dumps(line))
+    print(markdown(summary["lines"]))
     print("failures:", failures)
 
 

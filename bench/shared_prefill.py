@@ -29,10 +29,11 @@ class SharedPrefill:
     """A runtime made for budget 1/1 that answers under any budget.
 
     apart: a prefill and caches for each budget instead, as tests compare it with.
+    least: tokens that caches have room for at least, so that groups of any length share one CUDA graph.
     """
 
-    def __init__(self, runtime: OffloadedModel, apart: bool = False) -> None:
-        self.runtime, self.apart = runtime, apart
+    def __init__(self, runtime: OffloadedModel, apart: bool = False, least: int = 0) -> None:
+        self.runtime, self.apart, self.least = runtime, apart, least
         self.config = replace(runtime.config, budget=EVERYTHING)
         self.prefix: torch.Tensor | None = None
 
@@ -46,7 +47,7 @@ class SharedPrefill:
         if self.runtime._session is not None:
             self.runtime._session.clear()
         ids, room = prefix.to(self.runtime.model.device), group.tokens - len(prefix)
-        self.runtime._open_session([ids], room).prefill([ids], room)
+        self.runtime._open_session([ids], max(room, self.least - len(ids))).prefill([ids], room)
         self.prefix = prefix
 
     def use(self, budget: str) -> None:
