@@ -20,9 +20,9 @@ def layer_stats(
 ) -> dict[str, Any]:
     """Row counts of one layer since its caches were cleared; of one sequence if `place` names it.
 
-    budgets: K of each sequence and KV head; selected: rows attended to besides sinks and recent ones; hits: those that
-    were on the GPU when attention wanted them; misses: those fetched then and
-    there; prefetched: rows fetched on a prediction; recall: the part of the true
+    budgets: K of each sequence and KV head; selected: rows attended to besides sinks
+    and recent ones; hits: those that were on the GPU when attention wanted them;
+    misses: those fetched then and there; prefetched: rows fetched on a prediction; recall: the part of the true
     selection that this step's prediction had selected too (None without one).
     A sliding layer selects and moves nothing.
     """

@@ -302,7 +302,9 @@ def test_watching_attention_by_hand():
     keys = torch.tensor([0.0, 3.0, 1.0, 2.0, 0.0, 0.0])[:, None]  # logits, for a query of 1
     rows = torch.cat([keys, torch.zeros(6, 1)], 1)[None, None]  # [1, 1, 6, 2]
     cache = SimpleNamespace(state=state, resident=resident, host=SimpleNamespace(rows=rows))
-    selection = SimpleNamespace(tokens=torch.tensor([[[1, 2]]]), counts=torch.tensor([[2]]))  # best are 1 and 3
+    selection = SimpleNamespace(
+        tokens=torch.tensor([[[1, 2]]]), counts=torch.tensor([[2]])
+    )  # best are 1 and 3
     watch = LayerWatch()
     watch.look(cache, torch.ones(1, 1, 1), selection, 1.0)
     e = [math.exp(value) for value in keys.flatten().tolist()]

@@ -194,9 +194,7 @@ def attention_inputs(lengths, budget, group, dim, dtype, device, capacity=1000):
     tokens = torch.full((batch, heads, budget), -1, dtype=torch.int32, device=device)
     slot_of_token = torch.full((batch, heads, capacity), -1, dtype=torch.int32, device=device)
     # The second KV head selects half as many, as adaptive budgets have it.
-    counts = [
-        [max(0, min(k, length - RECENT - SINKS)) for k in (budget, budget // 2)] for length in lengths
-    ]
+    counts = [[max(0, min(k, length - RECENT - SINKS)) for k in (budget, budget // 2)] for length in lengths]
     for b, length in enumerate(lengths):
         local = list(range(min(SINKS, length))) + list(range(max(SINKS, length - RECENT), length))
         for position in local:
