@@ -22,8 +22,9 @@ def layer_stats(
 
     budgets: K of each sequence and KV head; selected: rows attended to besides sinks
     and recent ones; hits: those that were on the GPU when attention wanted them;
-    misses: those fetched then and there; prefetched: rows fetched on a prediction; recall: the part of the true
-    selection that this step's prediction had selected too (None without one).
+    misses: those fetched then and there; prefetched: rows fetched on a prediction;
+    recall: the part of the true selection that this step's prediction had selected
+    too (None without one).
     A sliding layer selects and moves nothing.
     """
     if isinstance(cache, WindowCache):

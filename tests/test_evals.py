@@ -302,15 +302,36 @@ def test_watching_attention_by_hand():
     keys = torch.tensor([0.0, 3.0, 1.0, 2.0, 0.0, 0.0])[:, None]  # logits, for a query of 1
     rows = torch.cat([keys, torch.zeros(6, 1)], 1)[None, None]  # [1, 1, 6, 2]
     cache = SimpleNamespace(state=state, resident=resident, host=SimpleNamespace(rows=rows))
-    selection = SimpleNamespace(
-        tokens=torch.tensor([[[1, 2]]]), counts=torch.tensor([[2]])
-    )  # best are 1 and 3
+    chosen = torch.tensor([[[1, 2]]])  # the best are 1 and 3
+    selection = SimpleNamespace(tokens=chosen, counts=torch.tensor([[2]]))
     watch = LayerWatch()
     watch.look(cache, torch.ones(1, 1, 1), selection, 1.0)
     e = [math.exp(value) for value in keys.flatten().tolist()]
     assert watch.means()["oracle"] == pytest.approx((e[0] + e[1] + e[3] + e[4] + e[5]) / sum(e))
     assert watch.means()["attended"] == pytest.approx((e[0] + e[1] + e[2] + e[4] + e[5]) / sum(e))
     assert watch.means()["recall"] == 0.5
+
+
+def test_watching_kv_heads_with_unequal_budgets():
+    """The second head selects one token, the first three: -1 past its count is no token."""
+    keys = torch.tensor([0.0, 3.0, 1.0, 2.0, 0.5, 0.0, 0.0])[:, None]  # logits, for a query of 1
+    rows = torch.cat([keys, torch.zeros(7, 1)], 1).expand(1, 2, 7, 2)
+    cache = SimpleNamespace(
+        state=SimpleNamespace(lengths=torch.tensor([7])),
+        resident=SimpleNamespace(sinks=1, recent=2),
+        host=SimpleNamespace(rows=rows),
+    )
+    chosen = torch.tensor([[[1, 2, 3], [3, -1, -1]]])
+    selection = SimpleNamespace(tokens=chosen, counts=torch.tensor([[3, 1]]))
+    watch = LayerWatch()
+    watch.look(cache, torch.ones(1, 2, 1), selection, 1.0)
+    e = [math.exp(value) for value in keys.flatten().tolist()]
+    fixed, total = e[0] + e[5] + e[6], sum(e)
+    oracle = (fixed + e[1] + e[2] + e[3]) / total + (fixed + e[1]) / total
+    assert watch.means()["oracle"] == pytest.approx(oracle / 2)
+    attended = (fixed + e[1] + e[2] + e[3]) / total + (fixed + e[3]) / total
+    assert watch.means()["attended"] == pytest.approx(attended / 2)
+    assert watch.means()["recall"] == 0.75  # three of the four best
 
 
 def test_decoding_the_question_too(tmp_path):
