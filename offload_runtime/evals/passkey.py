@@ -59,8 +59,11 @@ def document(
 ) -> str:
     """Prose with every sentence at its depth: `room` tokens with the question, or a few more at joints."""
     rest = room - count(" ".join(sentences) + question) - len(sentences)
-    if room < LEAST_TOKENS - 2 * ANSWER_TOKENS or rest < 1:
-        raise UserError(f"a document of {room} tokens is too short for this suite; give --ctx 1024 or more")
+    lacking = max(LEAST_TOKENS - 2 * ANSWER_TOKENS - room, 1 - rest)
+    if lacking > 0:
+        raise UserError(
+            f"a document of {room} tokens is too short for this suite; raise --ctx by {lacking} or more"
+        )
     text = filler(shipped_prose() if prose is None else prose, rest, count)
     for depth, sentence in sorted(zip(depths, sentences, strict=True), reverse=True):
         text = insert_sentence(text, depth, sentence)  # from the end, so that earlier places stay
