@@ -110,11 +110,12 @@ def main() -> None:
     if not rows:
         print("no case was answered in time")
         return
-    summary = {"machine": machine(), "failures": failures, "lines": with_averages(summarise(rows, None))}
+    lines = with_averages(summarise(rows, None))
+    summary = {"machine": machine(), "failures": failures, "lines": lines}
     (options.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    (options.out / "table.md").write_text(markdown(summary["lines"]))
+    (options.out / "table.md").write_text(markdown(lines))
     score_bars(rows, options.out, "longbench")
-    print(markdown(summary["lines"]))
+    print(markdown(lines))
     print("failures:", failures)
 
 
