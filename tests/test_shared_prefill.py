@@ -8,6 +8,7 @@ import torch
 
 from offload_runtime import OffloadedModel
 from offload_runtime.bench.quality_long import label_of
+from offload_runtime.bench.quality_longbench import markdown
 from offload_runtime.bench.shared_prefill import Job, SharedPrefill, open_runtime, run_job
 from offload_runtime.calibration import config_hash
 from offload_runtime.evals.cases import Case, Group
@@ -69,6 +70,22 @@ def test_shared_equals_apart(tmp_path, monkeypatch):
         torch.testing.assert_close(got[:steps], expected[:steps], rtol=1e-3, atol=1e-3)
     dense, few, _ = list(together.rows.values())[:3]
     assert dense["logits"] != few["logits"]
+
+
+def test_groups_of_any_length_share_caches(tmp_path):
+    runtime = shared_of(random_llama()).runtime
+    shared, sessions = SharedPrefill(runtime, least=1000), set()
+    for group in (group_of(0), group_of(50, prefix=600)):
+        shared.hold(group, group.cases[0])
+        sessions.add(runtime._session)
+    assert len(sessions) == 1
+    assert runtime._session.layout.capacity >= 1000
+
+
+def test_a_table_has_dense_beside_each_budget():
+    line = {"task": "qa", "cases": 2, "dense": 0.5}
+    lines = [line | {"budget": "1/1", "score": 0.5}, line | {"budget": "1/8", "score": 0.49}]
+    assert markdown(lines).splitlines()[2:] == ["| qa | 1/8 | 2 | 50.0 | 49.0 | -1.0 |"]
 
 
 def test_nothing_is_asked_twice_and_time_ends_it(tmp_path):
