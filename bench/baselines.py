@@ -61,7 +61,9 @@ def decoding(
     adapter: ModelAdapter, handlers: list[Callable[[AttentionCall], torch.Tensor]], batch: int
 ) -> Iterator[None]:
     """The model with these attention handlers and what else our own decode step does to it."""
-    with adapter.handled_by(handlers), Fusion(adapter, batch).applied(), capturable_experts(adapter.model):
+    fusion = Fusion(adapter, batch)
+    _ = fusion.for_steps
+    with adapter.handled_by(handlers), fusion.applied(), capturable_experts(adapter.model):
         yield
 
 

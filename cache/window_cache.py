@@ -21,7 +21,7 @@ class WindowCache:
         self.ring = torch.empty((*heads, window, layout.row_elements), dtype=layout.dtype, device=device)
         # Attention over the window is sparse attention with a ring of `window` and nothing selected.
         self.no_tokens = torch.zeros((*heads, 1), dtype=torch.int32, device=device)
-        self.no_counts = torch.zeros(layout.batch, dtype=torch.int32, device=device)
+        self.no_counts = torch.zeros(heads, dtype=torch.int32, device=device)
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store the current token: key and value [B, Hkv, D]."""

@@ -249,7 +249,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     int head = blockIdx.y, sequence = blockIdx.z;
     long long row = (long long)sequence * kv_heads + head;
     int end = max(lengths[sequence] - recent, sinks), span = end - sinks;
-    int k = min(budgets[sequence], span);
+    int k = min(budgets[row], span);
     if (k > 0 && k < span) {
         int share = (span + CLUSTER * 32 - 1) / (CLUSTER * 32) * 32;
         int first = sinks + rank * share, n = max(min(share, end - first), 0);
@@ -280,5 +280,5 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         for (int i = rank * THREADS + threadIdx.x; i < k; i += CLUSTER * THREADS) tokens[row * k_max + i] = sinks + i;
     }
     for (int i = k + rank * THREADS + threadIdx.x; i < k_max; i += CLUSTER * THREADS) tokens[row * k_max + i] = -1;
-    if (head == 0 && rank == 0 && threadIdx.x == 0) counts[sequence] = k;
+    if (rank == 0 && threadIdx.x == 0) counts[row] = k;
 }

@@ -49,6 +49,8 @@ METHODS = ("projection", "channels", "channels-q", "channels-k", "greedy")
 # Added to both moments, relative to their mean eigenvalue. Held-out mass is the same to 0.0002 for any ridge
 # from 0 to 0.1 (bench/results/labels.json); this one keeps moments of fewer tokens than D factorisable.
 RIDGE = 1e-3
+# Numbers of queries that are made float64 together: 256 MB, all heads of a block of 1,024 tokens.
+DOUBLES_AT_ONCE = 32 << 20
 MOMENTS = ("query", "key", "key_sum", "products", "query_size", "key_size")  # the sums of LayerMoments
 
 
@@ -76,18 +78,19 @@ class LayerMoments:
         heads, tokens, dim = queries.shape
         kv_heads = keys.shape[0]
         grouped = queries.view(kv_heads, -1, tokens, dim)  # [Hkv, G, T, D]
-        sums = [cls._head_sums(grouped[h].double(), keys[h].double()) for h in range(kv_heads)]
-        stacked = [torch.stack(parts) for parts in zip(*sums, strict=True)]
-        query, key, key_sum, products, query_size, key_size = stacked
-        return cls(query, key, key_sum, products, query_size, key_size, tokens, heads // kv_heads)
+        at_once = max(1, DOUBLES_AT_ONCE // grouped[0].numel())
+        pairs = zip(grouped.split(at_once), keys.split(at_once), strict=True)
+        sums = [cls._sums(some.double(), theirs.double()) for some, theirs in pairs]
+        whole = [torch.cat(parts) for parts in zip(*sums, strict=True)]
+        return cls(**dict(zip(MOMENTS, whole, strict=True)), tokens=tokens, group=heads // kv_heads)
 
     @staticmethod
-    def _head_sums(queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """One KV head: queries [G, T, D] and keys [T, D]."""
-        flat = queries.reshape(-1, keys.shape[-1])  # [G T, D]
-        size = queries.abs().sum(0)  # [T, D]
-        products = (size * keys.abs()).sum(0)
-        return flat.T @ flat, keys.T @ keys, keys.sum(0), products, size.sum(0), keys.abs().sum(0)
+    def _sums(queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Some KV heads: queries [H, G, T, D] and keys [H, T, D]."""
+        flat = queries.flatten(1, 2)  # [H, G T, D]
+        query_size, key_size = queries.abs().sum(1), keys.abs()  # [H, T, D]
+        sizes = ((query_size * key_size).sum(1), query_size.sum(1), key_size.sum(1))
+        return flat.mT @ flat, keys.mT @ keys, keys.sum(1), *sizes
 
     def add(self, other: "LayerMoments") -> None:
         for name in MOMENTS:

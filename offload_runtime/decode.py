@@ -51,6 +51,7 @@ class DecodeLoop:
         self.token_ids.copy_(token_ids[:, None])
         if self.graph is None:
             self._make_slots()
+            _ = self.fusion.for_steps  # before the model's attention is handled and its layers are observed
         if self.audit is not None and self.audit.due():
             with self.audit.watching():
                 return self._forward()

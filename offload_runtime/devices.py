@@ -17,12 +17,14 @@ def choose_device(device: str) -> torch.device:
     return place
 
 
-def free_unused(device: torch.device) -> None:
+def free_unused(device: torch.device, cycles: bool = True) -> None:
     """Give memory that nothing refers to back to the system, where the plan can count it.
 
     The matrix library's workspaces too: it keeps one for every stream that it has worked on.
+    cycles: look for objects that refer to each other only, which takes 0.2 s beside an 8B model.
     """
-    gc.collect()
+    if cycles:
+        gc.collect()
     if device.type == "cuda":
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()

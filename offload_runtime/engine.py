@@ -62,6 +62,7 @@ class OffloadedModel:
         self.fitted: list[str] = []  # what fit=True shrank for the caches in use
         self._memory = RowMemory(model.device.type == "cuda")
         self._session: Session | None = None
+        self._had_session = False
         self._calibration_s = 0.0  # of the last call's time: a calibration made from its prompt
 
     @classmethod
@@ -198,7 +199,7 @@ class OffloadedModel:
 
     def _plan(self, batch: int, capacity: int, continuous: bool = False) -> RuntimeConfig:
         """The config of a session that fits; its rows' memory is in the making from here on."""
-        free_unused(self.model.device)
+        free_unused(self.model.device, cycles=self._had_session)
         idle = self._memory.idle_bytes
         config, layout, self.fitted = plan_session(
             self.config, self.adapter, batch, capacity, idle, continuous
@@ -212,6 +213,7 @@ class OffloadedModel:
     def _new_session(
         self, config: RuntimeConfig, calibration: Calibration, batch: int, capacity: int
     ) -> Session:
+        self._had_session = True
         try:
             return Session(self.adapter, config, calibration, batch, capacity, memory=self._memory)
         except torch.cuda.OutOfMemoryError as error:

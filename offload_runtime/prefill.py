@@ -22,6 +22,7 @@ from .errors import UserError
 from .kernels.prefill_attention import prefill_attention
 from .prefetch.row_writer import RowWriter
 from .prefill_backend import PrefillBackend
+from .prefill_memory import staging_rows
 
 # 0.42 GB of MLP activations at 14,336 wide; a matmul of it does 1.8e12 flop a layer (Llama-3.1-8B shape),
 # 2.6 ms at 700 TFLOP/s, against some 70 launches of 5 us (arithmetic).
@@ -95,12 +96,12 @@ class PrefillRun:
     def _make_staging(self) -> torch.Tensor:
         """One layer's rows [Hkv, total, row] on the device.
 
-        A head lies `capacity` rows from the next whatever the prompt's length, so that cuDNN's plans,
-        which are made for strides, serve the next prompt too. Made after the rotary tables, whose making
-        takes more.
+        A head lies a power of two of rows from the next, so that cuDNN's plans, which are made for strides
+        and take 1.2 s, serve prompts of other lengths too. Made after the rotary tables, whose making takes
+        more.
         """
         layout = self.caches[0].layout
-        shape = (layout.kv_heads, layout.capacity, layout.row_elements)
+        shape = (layout.kv_heads, staging_rows(layout.capacity), layout.row_elements)
         staging = torch.zeros(shape, dtype=layout.dtype, device=self.adapter.device)
         tokens = self.total - self.kept
         self.backend.choose(staging, layout.query_heads, self.chunk_tokens, tokens)

@@ -13,17 +13,22 @@ def prefill_bytes(
 
     Hidden states [S, E] all the time. With them first the making of the rotary tables
     (float32: angles, both halves, cosine, sine and a product of them), then the tables
-    2 x [S, D], one layer's rows [Hkv, capacity, row] and one chunk's activations, and of a
+    2 x [S, D], one layer's staging [Hkv, a power of two, row] and one chunk's activations, and of a
     packed model one matrix unpacked (bytes).
     """
     item = shape.dtype.itemsize
     chunk = min(tokens, chunk)
     hidden = tokens * shape.hidden * item
     making_rotary = tokens * shape.head_dim * 18  # 4 bytes x 4.5
-    rows = layout.kv_heads * layout.capacity * layout.row_bytes
+    rows = layout.kv_heads * staging_rows(layout.capacity) * layout.row_bytes
     activations = chunk * max(mlp_bytes(shape), attention_bytes(shape))
     running = 2 * tokens * shape.head_dim * item + rows + activations + unpacked
     return hidden + max(making_rotary, running) + (0 if on_gpu else CPU_LOGIT_BLOCK_BYTES)
+
+
+def staging_rows(capacity: int) -> int:
+    """Rows that a head has in the staging of one layer: the power of two that holds the capacity."""
+    return 1 << (capacity - 1).bit_length()
 
 
 def mlp_bytes(shape: ModelShape) -> int:

@@ -108,6 +108,7 @@ def test_one_launch_makes_q_k_and_v_and_a_prediction_only_q(monkeypatch):
     model = random_llama(layers=2)
     adapter, ids = ModelAdapter(model), random_ids(1)
     fusion = Fusion(adapter, 1, products=True)
+    assert fusion.products  # its trials make products too
     monkeypatch.setattr(products, "products", counted)
     with fusion.applied():
         step(model, adapter, ids)
@@ -214,7 +215,7 @@ def test_a_kernel_that_disagrees_is_not_taken():
 
 
 def test_the_usual_tile_unless_another_is_clearly_faster():
-    usual, other, _ = tiles(1)
+    usual, other = tiles(1)
     assert product_trial.fastest({usual: 1.0, other: 0.97, None: 0.98}) == usual
     assert product_trial.fastest({usual: 1.0, other: 0.90, None: 0.93}) == other
     assert product_trial.fastest({usual: 1.0, other: 0.90, None: 0.80}) is None
@@ -222,7 +223,7 @@ def test_the_usual_tile_unless_another_is_clearly_faster():
 
 def test_every_family_can_be_looked_at():
     for name in FAMILIES:
-        Fusion(ModelAdapter(random_model(name)), 1, products=True)
+        _ = Fusion(ModelAdapter(random_model(name)), 1, products=True).for_steps
 
 
 def test_layers_of_two_widths_are_not_joined():
