@@ -15,10 +15,10 @@ import torch
 
 from .cuda_source import compile_source, runs_hopper_source, shared_limit
 
-SOURCES = ("cluster.cuh", "label_mma.cuh", "select_cluster.cu")  # one text, in this order
-THREADS = 512  # as in select_cluster.cu
+SOURCES = ("cluster.cuh", "label_mma.cuh", "cluster_topk.cuh", "select_cluster.cu")  # one text, in this order
+THREADS = 512  # a CTA; two such CTAs share an SM where 64 registers a thread are enough
 NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14  # CUfunction_attribute of cuda.h
-STATIC_BYTES = 28 * 1024  # struct Shared, at most (8 CTAs: 27,808 bytes by ptxas)
+STATIC_BYTES = 16 * 1024  # struct Shared, at most (8 CTAs: 15,472 bytes by ptxas)
 
 
 def cluster_select_available(device: torch.device, capacity: int) -> bool:
@@ -31,9 +31,9 @@ def cluster_select_available(device: torch.device, capacity: int) -> bool:
 
 
 def dynamic_bytes(capacity: int, cluster: int, sticky: bool) -> int:
-    """Shared memory for a CTA's share of the keys (and of the membership bits)."""
+    """Shared memory for a CTA's share of the keys, and a bit a token of the selection (and of the last one)."""
     share = -(-capacity // (cluster * 32)) * 32
-    return share * 4 + (share // 8 if sticky else 0)
+    return share * 4 + share // 8 * (2 if sticky else 1)
 
 
 def select_by_labels_cluster(
@@ -111,6 +111,7 @@ def build(channels: int, bits: int, group: int, sticky: bool, cluster: int) -> A
         "CHANNELS": channels,
         "BITS": bits,
         "GROUP": group,
+        "THREADS": THREADS,
         "CLUSTER": cluster,
         "STICKY": int(sticky),
         "STEPS": 2 if words == 1 else 1,
