@@ -13,6 +13,18 @@ __device__ void cluster_sync() {
     cluster_wait();
 }
 
+// Not ordered with any access: for a CTA that only says it needs the others' memory no more.
+__device__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+
+// Publish what this CTA's threads wrote to its own shared memory. A release by every thread is a fence of GPU
+// scope by every warp (SASS of sm_90); __syncthreads and fences are cumulative, so that one warp's will do.
+__device__ void cluster_publish() {
+    __syncthreads();
+    if (threadIdx.x < 32) asm volatile("fence.acq_rel.cluster;" ::: "memory");
+    __syncwarp();
+    cluster_arrive_relaxed();
+}
+
 // The address of another CTA's copy of a shared variable.
 __device__ unsigned remote_address(const void* local, unsigned rank) {
     unsigned address;

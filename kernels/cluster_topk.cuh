@@ -150,19 +150,22 @@ __device__ Range find_range(Part part, int& wanted, int& round, Shared& shared, 
 template <class Eligible>
 __device__ void collect(Part part, Range range, unsigned* chosen, Shared& shared, Eligible eligible) {
     int lane = threadIdx.x & 31, words = (part.n + 31) / 32, higher = 0;
-    for (int first = threadIdx.x - lane; first < words; first += THREADS) {  // 32 words a warp
-        unsigned mine = 0;
+    for (int first = threadIdx.x - lane; first < words; first += THREADS) {  // 32 words a warp, one a lane
+        unsigned above = 0, inside = 0;
 #pragma unroll 8
         for (int j = 0; j < min(32, words - first); ++j) {
-            int i = (first + j) * 32 + lane;
-            unsigned long long order = order_of(part, i);
-            bool counts = i < part.n && (eligible(first + j) >> lane & 1) && order >= range.low;
-            unsigned above = __ballot_sync(ALL, counts && order > range.high);
-            if (lane == j) mine = above;
-            if (counts && order <= range.high) shared.list[atomicAdd(&shared.listed, 1)] = order;
+            unsigned long long order = order_of(part, (first + j) * 32 + lane);
+            unsigned all_above = __ballot_sync(ALL, order > range.high);
+            unsigned all_from_low = __ballot_sync(ALL, order >= range.low);
+            if (lane == j) above = all_above, inside = all_from_low & ~all_above;
         }
-        if (first + lane < words) chosen[first + lane] = mine;
-        higher += __popc(mine);
+        int word = first + lane, left = part.n - word * 32;
+        if (left <= 0) continue;
+        unsigned counts = left < 32 ? eligible(word) & ((1u << left) - 1) : eligible(word);
+        chosen[word] = above & counts;
+        higher += __popc(above & counts);
+        for (inside &= counts; inside; inside &= inside - 1)
+            shared.list[atomicAdd(&shared.listed, 1)] = order_of(part, word * 32 + __ffs(inside) - 1);
     }
     higher = __reduce_add_sync(ALL, higher);
     if (lane == 0 && higher) atomicAdd(&shared.higher, higher);
@@ -173,7 +176,8 @@ __device__ void collect(Part part, Range range, unsigned* chosen, Shared& shared
 __device__ int choose_listed(Part part, int wanted, unsigned rank, unsigned* chosen, Shared& shared) {
     static_assert(WARPS >= CLUSTER && THREADS >= 2 * LIST, "a warp copies a CTA's list; two threads rank a token");
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    cluster_sync();
+    cluster_publish();
+    cluster_wait();
     int count = lane < CLUSTER ? (int)remote_load(&shared.listed, lane) : 0;
     int higher = lane < (int)rank ? (int)remote_load(&shared.higher, lane) : 0;
     int upto = count;
@@ -214,7 +218,7 @@ __device__ void write_chosen(const unsigned* chosen, int n, int first, int* targ
         __syncthreads();
         int of_warp = lane < WARPS ? shared.warp_chosen[lane] : 0;
         int to = place + __reduce_add_sync(ALL, lane < warp ? of_warp : 0) + upto - count;
-        for (; bits; bits &= bits - 1) target[to++] = first + word * 32 + 31 - __clz(bits & -bits);
+        for (; bits; bits &= bits - 1) target[to++] = first + word * 32 + __ffs(bits) - 1;
         place += __reduce_add_sync(ALL, of_warp);
         __syncthreads();
     }

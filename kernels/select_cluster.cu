@@ -48,7 +48,7 @@ __device__ void clear_counts(Shared& shared, unsigned* member_bits, int words) {
     for (int i = threadIdx.x; i < SLICE; i += THREADS) shared.slice_total[0][i] = 0;
     for (int i = threadIdx.x; STICKY && i < words; i += THREADS) member_bits[i] = 0;
     if (threadIdx.x == 0) shared.slice_sum[0] = 0, shared.members = 0;
-    cluster_arrive();
+    cluster_publish();
 }
 
 // Mark a CTA's part of the previous selection in the bit maps of the cluster.
@@ -72,7 +72,7 @@ __device__ void mark_members(
 __device__ void count_marked(Part part, const unsigned* marks, unsigned count, Shared& shared) {
     for (int word = threadIdx.x; word < (part.n + 31) / 32; word += THREADS) {
         for (unsigned bits = marks[word]; bits; bits &= bits - 1)
-            atomicAdd(&shared.histogram[key_bin(part.keys[word * 32 + 31 - __clz(bits & -bits)])], count);
+            atomicAdd(&shared.histogram[key_bin(part.keys[word * 32 + __ffs(bits) - 1])], count);
     }
 }
 
@@ -117,7 +117,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 previous + row * previous_max, previous_max, sinks, end, share, rank, member_bits, shared);
             cluster_arrive();
         }
-        __syncthreads();
         long long place = row * capacity + first;
         score_tokens(codes + place * ROW_BYTES, scales + place, query_labels + row * GROUP * CHANNELS,
                      offsets + row * GROUP, n, keys, shared);
@@ -129,7 +128,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         Range range = find_range(part, wanted, round, shared, eligible);
         collect(part, range, chosen, shared, eligible);
         int lower = choose_listed(part, wanted, rank, chosen, shared);
-        cluster_arrive();  // this thread reads no other CTA's memory below
+        cluster_arrive_relaxed();  // this thread reads no other CTA's memory below
         write_chosen(chosen, n, first, tokens + row * k_max, lower, shared);
         cluster_wait();  // no CTA leaves while another may read its shared memory
     } else {
