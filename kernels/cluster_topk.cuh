@@ -9,11 +9,11 @@
 // Compile-time: CLUSTER and THREADS, as in select_cluster.cu. cluster.cuh goes before this text.
 
 constexpr int WARPS = THREADS / 32;
-constexpr int BINS = 2048;
+constexpr int BIN_BITS = 12, BINS = 1 << BIN_BITS;
 constexpr int SLICE = BINS / CLUSTER;  // the bins that a CTA adds up for the cluster
 constexpr int LIST = 256;              // ranking n tokens takes n^2 comparisons: 65,536 are 1 us of one SM
-constexpr float BINS_A_UNIT = 32.f;    // scores in log 2: a bin's tokens differ by 2% of a weight
-constexpr float LOWEST = -56.f;        // of a bin's scores, in units of what the recent tokens weigh; 2^-56 is nothing
+// Scores are log 2 of a weight over the recent tokens': bins of 1/64 from 2^-56 of it (nothing) to 2^8.
+constexpr float BINS_A_UNIT = BINS / 64.f, LOWEST = -56.f;
 
 struct Shared {
     unsigned histogram[BINS];             // zero outside of counting
@@ -65,7 +65,8 @@ __device__ void push_histogram(Shared& shared, int round) {
     constexpr int EACH = BINS / THREADS;
     static_assert(SLICE % (32 * EACH) == 0, "a warp's bins lie in one slice");
     int lane = threadIdx.x & 31, first = (threadIdx.x >> 5) * 32 * EACH, owner = first / SLICE;
-    unsigned *counts = &shared.histogram[first + lane], *totals = &shared.slice_total[round % 3][first % SLICE + lane];
+    unsigned* counts = &shared.histogram[first + lane];
+    unsigned* totals = &shared.slice_total[round % 3][first % SLICE + lane];
     unsigned sum = 0;
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
@@ -137,7 +138,7 @@ __device__ Range find_range(Part part, int& wanted, int& round, Shared& shared, 
             range.high = min(range.high, range.low + ((1ull << shift) - 1));
         }
         if (shared.inside <= LIST) return range;
-        shift = max(53 - __clzll((long long)(range.high - range.low)), 0);  // 11 bits: BINS
+        shift = max(64 - BIN_BITS - __clzll((long long)(range.high - range.low)), 0);
         for (int i = threadIdx.x; i < part.n; i += THREADS) {
             unsigned long long order = order_of(part, i);
             if (order >= range.low && order <= range.high && (eligible(i >> 5) >> (i & 31) & 1))
@@ -174,7 +175,8 @@ __device__ void collect(Part part, Range range, unsigned* chosen, Shared& shared
 // Complete chosen [n / 32] with the `wanted` best of the listed tokens; returns how many tokens are chosen
 // in lower CTAs. Reads other CTAs' memory up to its first __syncthreads.
 __device__ int choose_listed(Part part, int wanted, unsigned rank, unsigned* chosen, Shared& shared) {
-    static_assert(WARPS >= CLUSTER && THREADS >= 2 * LIST, "a warp copies a CTA's list; two threads rank a token");
+    static_assert(WARPS >= CLUSTER, "a warp copies a CTA's list");
+    static_assert(THREADS >= 2 * LIST, "two threads rank a token");
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     cluster_publish();
     cluster_wait();
@@ -187,9 +189,9 @@ __device__ int choose_listed(Part part, int wanted, unsigned rank, unsigned* cho
     }
     int total = __shfl_sync(ALL, upto, CLUSTER - 1);
     int mine_end = __shfl_sync(ALL, upto, rank), mine = mine_end - __shfl_sync(ALL, count, rank);
-    int end = __shfl_sync(ALL, upto, warp & (CLUSTER - 1)), start = end - __shfl_sync(ALL, count, warp & (CLUSTER - 1));
+    int cta = warp % CLUSTER, end = __shfl_sync(ALL, upto, cta), start = end - __shfl_sync(ALL, count, cta);
     for (int i = lane; warp < CLUSTER && start + i < end; i += 32)
-        shared.cluster_list[start + i] = remote_load_u64(&shared.list[i], warp);
+        shared.cluster_list[start + i] = remote_load_u64(&shared.list[i], cta);
     __syncthreads();
     int candidate = threadIdx.x >> 1, half = threadIdx.x & 1, above = 0;
     unsigned long long order = candidate < total ? shared.cluster_list[candidate] : 0;

@@ -79,8 +79,8 @@ __device__ void count_marked(Part part, const unsigned* marks, unsigned count, S
 // Sticky selection: add to member_bits [n / 32] the best tokens outside of it, as many as may enter, and
 // leave the histogram with the tokens of member_bits. Closes no cluster barrier that it did not open.
 __device__ void admit_others(
-    Part part, int span, int k, int new_rows, unsigned rank, int& round, unsigned* member_bits, unsigned* chosen,
-    Shared& shared) {
+    Part part, int span, int k, int new_rows, unsigned rank, int& round, unsigned* member_bits,
+    unsigned* chosen, Shared& shared) {
     int lane = threadIdx.x & 31;
     int members = __reduce_add_sync(ALL, lane < CLUSTER ? (int)remote_load(&shared.members, lane) : 0);
     int wanted = min(min(max(new_rows, k - members), k), span - members);

@@ -18,7 +18,7 @@ from .cuda_source import compile_source, runs_hopper_source, shared_limit
 SOURCES = ("cluster.cuh", "label_mma.cuh", "cluster_topk.cuh", "select_cluster.cu")  # one text, in this order
 THREADS = 512  # a CTA; two such CTAs share an SM where 64 registers a thread are enough
 NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14  # CUfunction_attribute of cuda.h
-STATIC_BYTES = 16 * 1024  # struct Shared, at most (8 CTAs: 15,472 bytes by ptxas)
+STATIC_BYTES = 28 * 1024  # struct Shared, at most (8 CTAs: 26,736 bytes by ptxas)
 
 
 def cluster_select_available(device: torch.device, capacity: int) -> bool:
@@ -31,7 +31,7 @@ def cluster_select_available(device: torch.device, capacity: int) -> bool:
 
 
 def dynamic_bytes(capacity: int, cluster: int, sticky: bool) -> int:
-    """Shared memory for a CTA's share of the keys, and a bit a token of the selection (and of the last one)."""
+    """Shared memory of a CTA: keys of its share, a bit a token chosen (and one a token of the last choice)."""
     share = -(-capacity // (cluster * 32)) * 32
     return share * 4 + share // 8 * (2 if sticky else 1)
 
