@@ -153,7 +153,7 @@ __device__ void collect(Part part, Range range, unsigned* chosen, Shared& shared
     int lane = threadIdx.x & 31, words = (part.n + 31) / 32, higher = 0;
     for (int first = threadIdx.x - lane; first < words; first += THREADS) {  // 32 words a warp, one a lane
         unsigned above = 0, inside = 0;
-#pragma unroll 8
+#pragma unroll 2
         for (int j = 0; j < min(32, words - first); ++j) {
             unsigned long long order = order_of(part, (first + j) * 32 + lane);
             unsigned all_above = __ballot_sync(ALL, order > range.high);

@@ -102,10 +102,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     extern __shared__ __align__(16) unsigned dynamic[];
     __shared__ Shared shared;
     unsigned rank = cta_rank();
-    int head = blockIdx.y, sequence = blockIdx.z;
-    long long row = (long long)sequence * kv_heads + head;
+    int sequence = blockIdx.z, row = sequence * kv_heads + (int)blockIdx.y;
     int end = max(lengths[sequence] - recent, sinks), span = end - sinks;
-    int k = min(budgets[row], span);
+    int k = min(budgets[row], span), *target = tokens + (long long)row * k_max;
     if (k > 0 && k < span) {
         int share = (span + CLUSTER * 32 - 1) / (CLUSTER * 32) * 32;
         int first = sinks + rank * share, n = max(min(share, end - first), 0);
@@ -113,11 +112,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         clear_counts(shared, member_bits, share / 32);
         if (STICKY) {
             cluster_wait();
-            mark_members(
-                previous + row * previous_max, previous_max, sinks, end, share, rank, member_bits, shared);
+            previous += (long long)row * previous_max;
+            mark_members(previous, previous_max, sinks, end, share, rank, member_bits, shared);
             cluster_arrive();
         }
-        long long place = row * capacity + first;
+        long long place = (long long)row * capacity + first;
         score_tokens(codes + place * ROW_BYTES, scales + place, query_labels + row * GROUP * CHANNELS,
                      offsets + row * GROUP, n, keys, shared);
         cluster_wait();  // every CTA's totals are zero, and the members marked
@@ -129,11 +128,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         collect(part, range, chosen, shared, eligible);
         int lower = choose_listed(part, wanted, rank, chosen, shared);
         cluster_arrive_relaxed();  // this thread reads no other CTA's memory below
-        write_chosen(chosen, n, first, tokens + row * k_max, lower, shared);
+        write_chosen(chosen, n, first, target, lower, shared);
         cluster_wait();  // no CTA leaves while another may read its shared memory
     } else {
-        for (int i = rank * THREADS + threadIdx.x; i < k; i += CLUSTER * THREADS) tokens[row * k_max + i] = sinks + i;
+        for (int i = rank * THREADS + threadIdx.x; i < k; i += CLUSTER * THREADS) target[i] = sinks + i;
     }
-    for (int i = k + rank * THREADS + threadIdx.x; i < k_max; i += CLUSTER * THREADS) tokens[row * k_max + i] = -1;
+    for (int i = k + rank * THREADS + threadIdx.x; i < k_max; i += CLUSTER * THREADS) target[i] = -1;
     if (rank == 0 && threadIdx.x == 0) counts[row] = k;
 }

@@ -31,7 +31,7 @@ def cluster_select_available(device: torch.device, capacity: int) -> bool:
 
 
 def dynamic_bytes(capacity: int, cluster: int, sticky: bool) -> int:
-    """Shared memory of a CTA: keys of its share, a bit a token chosen (and one a token of the last choice)."""
+    """Shared memory of a CTA: keys of its share, a bit a token for the choice (and for the last one)."""
     share = -(-capacity // (cluster * 32)) * 32
     return share * 4 + share // 8 * (2 if sticky else 1)
 

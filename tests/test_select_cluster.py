@@ -140,6 +140,16 @@ def test_every_kv_head_has_its_own_budget():
 
 @pytest.mark.gpu
 @needs_clusters
+@pytest.mark.parametrize("scale, shift", [(0.01, 0), (300, 0), (1, 1000), (1, -1000)])
+def test_scores_that_hardly_differ_or_lie_outside_the_bins(scale, shift):
+    problem = Problem([70000], 70000, [5000])
+    problem.query_labels *= scale
+    problem.offsets += shift
+    compare(problem)
+
+
+@pytest.mark.gpu
+@needs_clusters
 def test_equal_scores_go_to_the_earliest():
     problem = Problem([20000], 20000, [1500])
     problem.query_labels.zero_()
