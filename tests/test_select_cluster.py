@@ -140,7 +140,7 @@ def test_every_kv_head_has_its_own_budget():
 
 @pytest.mark.gpu
 @needs_clusters
-@pytest.mark.parametrize("scale, shift", [(0.01, 0), (300, 0), (1, 1000), (1, -1000)])
+@pytest.mark.parametrize(("scale", "shift"), [(0.01, 0), (300, 0), (1, 1000), (1, -1000)])
 def test_scores_that_hardly_differ_or_lie_outside_the_bins(scale, shift):
     problem = Problem([70000], 70000, [5000])
     problem.query_labels *= scale
