@@ -18,7 +18,7 @@ from .cuda_source import compile_source, runs_hopper_source, shared_limit
 SOURCES = ("cluster.cuh", "label_mma.cuh", "cluster_topk.cuh", "select_cluster.cu")  # one text, in this order
 THREADS = 512  # a CTA; two such CTAs share an SM where 64 registers a thread are enough
 NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14  # CUfunction_attribute of cuda.h
-STATIC_BYTES = 28 * 1024  # struct Shared, at most (8 CTAs: 26,736 bytes by ptxas)
+STATIC_BYTES = 16 * 1024  # struct Shared, at most (clusters of 8: 15,472 bytes by ptxas)
 
 
 def cluster_select_available(device: torch.device, capacity: int) -> bool:
