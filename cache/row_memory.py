@@ -73,7 +73,9 @@ class RowMemory:
                 return
             view = made.result()[:nbytes]  # lives as long as any tensor that shares its memory
             region.lease = weakref.ref(view)
-            asked.set_result(torch.from_numpy(view).view(dtype)[:elements].view(shape))
+            with torch.enable_grad():  # a view made without may not be written to with
+                rows = torch.from_numpy(view).view(dtype)[:elements].view(shape)
+            asked.set_result(rows)
 
         region.pages.add_done_callback(lend)
         return out

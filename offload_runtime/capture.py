@@ -1,7 +1,8 @@
 """Capture a CUDA graph, or come out of a failed capture with torch as it was before."""
 
-from collections.abc import Callable
-from contextlib import suppress
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -17,6 +18,7 @@ def capture(
     try:
         # torch.cuda.graph leaves its own stream current when it cannot end; the outer context does not.
         with (
+            nothing_freed_by_chance(),
             torch.cuda.stream(torch.cuda.current_stream(device)),
             torch.cuda.graph(graph, pool=pool, stream=stream),
         ):
@@ -28,6 +30,19 @@ def capture(
         first = error.__context__  # what went wrong; `error` may be that the capture could not be ended
         raise (first if isinstance(first, RuntimeError) else error) from None
     return graph
+
+
+@contextmanager
+def nothing_freed_by_chance() -> Iterator[None]:
+    """No search for cycles meanwhile: pinned memory of a model that is gone is unlocked when it is found, and
+    a capture does not survive that call, nor does the memory get unlocked (H100, in the tests)."""
+    searching = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if searching:
+            gc.enable()
 
 
 def release(device: torch.device, pool: tuple[int, int]) -> None:

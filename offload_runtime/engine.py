@@ -49,6 +49,7 @@ class OffloadedModel:
         tokenizer: Any = None,
         calibration: Calibration | None = None,
     ) -> None:
+        free_unused(model.device)  # what models before this one left; the first prompt does not wait for that
         self.model = model.eval()
         self.config = config or RuntimeConfig()
         limit_gpu(str(model.device), self.config.gpu_memory)

@@ -64,6 +64,7 @@ def test_what_is_fused_and_that_it_computes_the_same(name):
     assert all("forward" not in vars(module) for module, _ in fusion.products + fusion.layers)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter, which runs without a GPU only")
 @pytest.mark.parametrize("batch", [1, 2])
 def test_kernels_in_a_model(monkeypatch, batch):
     monkeypatch.setattr(products, "products", products_triton)

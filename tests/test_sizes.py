@@ -3,6 +3,8 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from offload_runtime.prefill_memory import staging_rows
+
 from .models import identity_calibration, offloaded, random_ids, random_llama
 
 TOKENS, CHUNK = 1500, 64
@@ -33,7 +35,7 @@ def test_prefill_makes_nothing_of_size_s_by_s():
         runtime.generate(random_ids(TOKENS), max_new_tokens=1, do_sample=False)
     heads = model.config.num_attention_heads
     assert seen.elements < TOKENS * TOKENS
-    chunk_logits, one_layers_rows = heads * CHUNK * TOKENS, 2 * 2 * 64 * (TOKENS + 8)
+    chunk_logits, one_layers_rows = heads * CHUNK * TOKENS, 2 * 2 * 64 * staging_rows(TOKENS + 8)
     assert seen.elements <= max(chunk_logits, one_layers_rows)
 
 
