@@ -1,10 +1,9 @@
 """Pinned host memory: mapped and faulted in by many threads, then registered with CUDA.
 
 The kernel zeroes every page before CUDA may lock it, and that part runs in parallel and
-outside the driver: 0.33 s/GiB in all on an H100 host with 16 cores against 0.75 s/GiB for
-pin_memory=True (measured with shared 4 KiB pages, touched one by one). Pages of 2 MiB,
-populated by one call a piece, are made three times as fast as 4 KiB ones on a machine
-with 2 cores (0.24 against 0.80 s/GiB; what registering them takes is not measured).
+outside the driver. On an H100 host with 16 cores: 0.75 s/GiB for pin_memory=True, 0.28 to 0.46
+for shared 4 KiB pages touched one by one, 0.11 to 0.13 for private pages of 2 MiB
+populated by one call a piece (bench/results/pinning.json).
 """
 
 import ctypes

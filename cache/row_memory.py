@@ -1,6 +1,6 @@
 """Host memory for rows, made in the background and used by one session after another.
 
-Pinning costs 0.33 s/GiB, so a region whose session is gone is kept for the next one that
+Pinning costs 0.13 s/GiB, so a region whose session is gone is kept for the next one that
 it is large enough for. Regions are made in the order in which they are asked for: pages are
 populated by all cores while the region before is registered, which is one thread's work
 under a lock of the driver.

@@ -20,23 +20,25 @@ class Rates:
     """Bytes, flop or seconds. origin says where the numbers come from."""
 
     origin: str = "one H100 80GB, PCIe 5 x16, measured there, not here"
-    weight_bytes_s: float = 15.0e9 / 6.03e-3  # the GEMVs of an 8B model, 15 GB in 6.03 ms
-    # What a layer does besides: norms, RoPE, activations, caches, gaps. From whole steps at 32,768 and
-    # 131,072 tokens (bench/results/prefill_llama8b.json) less everything that is counted apart.
-    plain_layer_s: float = 98e-6  # dense decode with transformers' own ops
-    layer_s: float = 73e-6  # ours, norms and RoPE fused
-    # Label scores and top-k of one layer: 50 us at 262,144 tokens of 8 KV heads; how much grows with labels
-    # is a guess.
+    # Products of a decode step reach 2.3 to 3.1 TB/s (bench/results/products.json), whole steps less.
+    weight_bytes_s: float = 2.75e12
+    # What a layer does besides: norms, RoPE, activations, caches, gaps. From whole steps at 32,768 to 262,144
+    # tokens (bench/results/bench_llama8b_262144.json and, of older code, prefill_llama8b.json) less everything
+    # that is counted apart; a compromise between both.
+    plain_layer_s: float = 75e-6  # dense decode
+    layer_s: float = 70e-6  # ours
+    # Label scores and top-k of one layer: 42 to 47 us at 262,144 tokens of 8 KV heads; how much grows with
+    # labels is a guess.
     select_base_s: float = 15e-6
-    select_label_s: float = 35e-6 / (8 * 262144)
-    # Sticky selection of 16,384 rows a head: its bit maps 25 us, slots for them 27, remembering them 5.
-    sticky_s: float = 57e-6
-    hbm_bytes_s: float = 2.7e12  # dense flash decode: 1.07 GB a layer in 0.40 ms
+    select_label_s: float = 30e-6 / (8 * 262144)
+    # Sticky selection of 16,384 rows a head: a second cut 10 us, slots for them 27, remembering them 5.
+    sticky_s: float = 52e-6
+    hbm_bytes_s: float = 2.97e12  # copies within GPU memory, as `ds-offload bench` measures them
     link_bytes_s: float = 50e9  # pinned copies
     # Row gathers out of 34 GB, as parts of what copies reach, by the part of all rows that is taken:
-    # 33 GB/s at 1/128, 44 at 1/16.
-    sparse_gather: float = 33 / 50
-    dense_gather: float = 44 / 50
+    # 34 GB/s at 1/128, 48.5 at 1/16.
+    sparse_gather: float = 34 / 50
+    dense_gather: float = 48.5 / 50
     prefill: PrefillRates = field(default_factory=PrefillRates)
 
     def select_s(self, labels: int) -> float:

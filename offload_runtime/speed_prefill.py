@@ -27,13 +27,14 @@ class PrefillRates:
     # 25,533 launches for 4 layers x 64 chunks. 5 us each is an assumption: it counts for small models only.
     launches: int = 100
     launch_s: float = 5e-6
-    pin_s_gib: float = 0.33  # to populate and register, measured with all cores at work
+    # To populate and register (bench/results/pinning.json: 0.11 + 0.024 in regions of 128 MiB).
+    pin_s_gib: float = 0.13
     # Of it the registering. Launches wait meanwhile: 0.1 explains six prefills of 4 to 32 GiB within 9 %
     # (fitted); vLLM's pull request 51081 measured as much for registering alone.
     register_s_gib: float = 0.1
-    # Self-calibration beside its forward pass. Estimates: 25 ms a layer were measured with CUDA's eigh,
-    # which took most of it; LAPACK takes 2.5 ms for each KV head's matrix on one of the cores.
-    calibration_layer_s: float = 3e-3
+    # Self-calibration beside its forward pass: 0.30 s in all for 32 layers when no row memory is made beside it
+    # (bench/results/first_token.json). LAPACK takes 2.5 ms for each KV head's matrix on one core (an estimate).
+    calibration_layer_s: float = 8e-3
     eigen_s: float = 2.5e-3
     cores: int = 16
 
