@@ -23,8 +23,8 @@ class Rates:
     # Products of a decode step reach 2.3 to 3.1 TB/s (bench/results/products.json), whole steps less.
     weight_bytes_s: float = 2.75e12
     # What a layer does besides: norms, RoPE, activations, caches, gaps. From whole steps at 32,768 to 262,144
-    # tokens (bench/results/bench_llama8b_262144.json and, of older code, prefill_llama8b.json) less everything
-    # that is counted apart; a compromise between both.
+    # tokens (bench/results/bench_llama8b_262144.json and, of older code, prefill_llama8b.json) less all that
+    # is counted apart; a compromise between both.
     plain_layer_s: float = 75e-6  # dense decode
     layer_s: float = 70e-6  # ours
     # Label scores and top-k of one layer: 42 to 47 us at 262,144 tokens of 8 KV heads; how much grows with

@@ -32,8 +32,8 @@ class PrefillRates:
     # Of it the registering. Launches wait meanwhile: 0.1 explains six prefills of 4 to 32 GiB within 9 %
     # (fitted); vLLM's pull request 51081 measured as much for registering alone.
     register_s_gib: float = 0.1
-    # Self-calibration beside its forward pass: 0.30 s in all for 32 layers when no row memory is made beside it
-    # (bench/results/first_token.json). LAPACK takes 2.5 ms for each KV head's matrix on one core (an estimate).
+    # Self-calibration beside its forward pass: 0.30 s in all for 32 layers when no row memory is made
+    # meanwhile (bench/results/first_token.json). LAPACK takes 2.5 ms for a matrix on one core (an estimate).
     calibration_layer_s: float = 8e-3
     eigen_s: float = 2.5e-3
     cores: int = 16
