@@ -1,7 +1,7 @@
 """A session: the caches of one batch, its prefill and its decode steps."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,14 +16,13 @@ from .calibration import Calibration
 from .calibration_collect import calibrate_prompt
 from .config import DEFAULT_LABEL_CHANNELS, RuntimeConfig, label_width
 from .decode import DecodeLoop, query_predictor
+from .layer_settings import head_budgets, predicted_layers
 from .layouts import make_layout
 from .prefetch.scheduler import Prefetcher
 from .prefill import KEEP_SLOTS_TOKENS, PrefillRun, Progress
 from .prefill_backend import PrefillBackend
 
 log = logging.getLogger(__name__)
-
-LEAST_ADAPTIVE = 64  # tokens: more than the sentence that a pass key or a line stands in
 
 
 class Session:
@@ -259,30 +258,6 @@ class Session:
             return
         for index, ids in enumerate(cached_ids):
             mine.load(index, theirs.host.rows[index, :, : len(ids)])
-
-
-def head_budgets(config: RuntimeConfig, calibration: Calibration, tokens: int) -> int | list[list[int]]:
-    """K for so many tokens: config.budget, or of each layer's KV heads, less where less holds budget_mass.
-
-    LEAST_ADAPTIVE at least: a mean over text does not show what a head looks up once in
-    a document. Without a measured curve (a prompt of fewer than 256 tokens calibrates
-    itself) config.budget is K.
-    """
-    cap, curve = config.budget_tokens(tokens), calibration.mass_curve
-    if config.budget_mass is None or curve is None:
-        return cap
-    needs = curve.budgets(config.budget_mass, tokens)
-    return [[min(cap, max(LEAST_ADAPTIVE, need)) for need in layer] for layer in needs]
-
-
-def predicted_layers(
-    config: RuntimeConfig, calibration: Calibration, offloaded: Iterable[int]
-) -> frozenset[int]:
-    """Offloaded layers that are predicted: none in mode "off", never layer 0 or what calibration excludes."""
-    if config.prefetch == "off":
-        return frozenset()
-    excluded = {0, *calibration.unpredicted_layers}
-    return frozenset(offloaded) - excluded
 
 
 def shared_prefix(cached: torch.Tensor, prompt: torch.Tensor) -> int:

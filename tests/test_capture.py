@@ -1,10 +1,14 @@
 """Decode in a CUDA graph: which families are captured, and what happens where a step cannot be."""
 
+import gc
+from contextlib import suppress
+
 import pytest
 import torch
 
 from offload_runtime import decode
 from offload_runtime.architectures import GROUPED_ON_GPU, capturable_experts
+from offload_runtime.capture import nothing_freed_by_chance
 
 from .architectures import random_model
 from .models import logits_of, offloaded, random_ids, random_llama
@@ -113,3 +117,16 @@ def test_a_loop_over_experts_gives_way_to_their_batched_product():
             step = model(ids, use_cache=False).logits
     assert model.config._experts_implementation == "eager"
     torch.testing.assert_close(step, plain, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("searching", [True, False])
+def test_the_garbage_collector_waits_for_a_capture_to_end(searching):
+    was = gc.isenabled()
+    (gc.enable if searching else gc.disable)()
+    try:
+        with suppress(RuntimeError), nothing_freed_by_chance():
+            assert not gc.isenabled()
+            raise RuntimeError("a capture that fails")
+        assert gc.isenabled() == searching
+    finally:
+        (gc.enable if was else gc.disable)()
