@@ -6,7 +6,7 @@
 Both decode the same prompt greedily with the same weights: "dense" is
 transformers' own generate, "offloaded" goes through the offloaded cache. A
 prompt that is too long loses its middle, as LongBench does it, so that the
-question at its end stays. Needs the extra `eval` (rouge-score).
+question at its end stays. Needs the extra `eval` (rouge-score). The report is written after every case.
 """
 
 import argparse
@@ -96,6 +96,7 @@ def main() -> None:
         "--ctx", type=int, default=8192, help="prompt and answer; the model's own limit at most"
     )
     parser.add_argument("--budget", default="1/16")
+    parser.add_argument("--calibration", help="its label maps; else every prompt calibrates the model")
     parser.add_argument("--prefetch", default="correct")
     parser.add_argument("--new-rows", type=int)
     parser.add_argument("--max-new-tokens", type=int, default=512)
@@ -107,28 +108,30 @@ def main() -> None:
         : options.limit
     ]
     settings = {"budget": options.budget, "prefetch": options.prefetch, "new_rows": options.new_rows}
-    model = OffloadedModel.from_pretrained(options.model, device=options.device, ctx=options.ctx, **settings)
+    model = OffloadedModel.from_pretrained(
+        options.model, device=options.device, ctx=options.ctx, calibration=options.calibration, **settings
+    )
     chat = bool(model.tokenizer.chat_template) and not options.no_chat
     answerer = ModelAnswerer(model, chat)
-    lines = []
-    for case in cases:
-        room = options.ctx - options.max_new_tokens
-        lines.append(compare(model, answerer, case, room, options.max_new_tokens))
-        print(json.dumps({k: v for k, v in lines[-1].items() if not k.endswith("_text")}), flush=True)
     report = {
         "data": options.data.name,
         "model": Path(options.model).name,
+        "calibration": None if options.calibration is None else Path(options.calibration).name,
         "ctx": options.ctx,
         "max_new_tokens": options.max_new_tokens,
         "chat": chat,
         **settings,
         "machine": machine(),
-        "means": means(lines),
-        "lines": lines,
     }
+    lines = []
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(json.dumps(report["means"]))
+    for case in cases:
+        room = options.ctx - options.max_new_tokens
+        lines.append(compare(model, answerer, case, room, options.max_new_tokens))
+        print(json.dumps({k: v for k, v in lines[-1].items() if not k.endswith("_text")}), flush=True)
+        text = json.dumps(report | {"means": means(lines), "lines": lines}, indent=1, ensure_ascii=False)
+        options.out.write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(means(lines)))
 
 
 if __name__ == "__main__":
