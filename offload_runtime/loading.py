@@ -179,7 +179,6 @@ def check_quantisation(config: PretrainedConfig) -> None:
 
     It would warn and take the packed numbers for weights. Or when packages for it are missing.
     """
-    require_package("accelerate", "to load quantised weights")
     own = getattr(config, "quantization_config", None) or {}
     fields = own if isinstance(own, dict) else own.to_dict()
     if "quant_method" in fields and not AutoHfQuantizer.supports_quant_method(fields):
@@ -187,8 +186,8 @@ def check_quantisation(config: PretrainedConfig) -> None:
             f"this checkpoint is quantised with {fields['quant_method']!r}, which this version of "
             "transformers does not read; take another checkpoint of the model"
         )
-    method = str(fields.get("quant_method"))
-    require_package(CHECKPOINT_PACKAGES.get(method, ()), f"to load {method} weights")
+    method = str(fields.get("quant_method", "quantised"))
+    require_package(("accelerate", *CHECKPOINT_PACKAGES.get(method, ())), f"to load {method} weights")
 
 
 def require_package(names: str | tuple[str, ...], purpose: str) -> None:
