@@ -1,7 +1,5 @@
 """How many places a job takes: what fits, no more than documents, and one where more gain nothing."""
 
-from transformers import LlamaConfig
-
 from offload_runtime.config import RuntimeConfig
 from offload_runtime.memory import FreeMemory
 from offload_runtime.places import Work, choose_places
@@ -9,10 +7,7 @@ from offload_runtime.planner import make_plan
 from offload_runtime.speed import Traffic
 from offload_runtime.weights import count_weights
 
-EIGHT_B = LlamaConfig(
-    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-    num_attention_heads=32, num_key_value_heads=8, dtype="bfloat16",
-)  # fmt: skip
+from .eight_b import LLAMA_8B
 
 
 def places(host_gb: float, documents: int = 100, new_tokens: int = 512) -> int:
@@ -20,9 +15,9 @@ def places(host_gb: float, documents: int = 100, new_tokens: int = 512) -> int:
     free = FreeMemory(int(host_gb * 1e9), int(78e9))
 
     def plan_of(count: int):
-        return make_plan(config, EIGHT_B, free, "cuda", batch=count)
+        return make_plan(config, LLAMA_8B, free, "cuda", batch=count)
 
-    return choose_places(plan_of, count_weights(EIGHT_B), Work(documents, new_tokens, Traffic()))
+    return choose_places(plan_of, count_weights(LLAMA_8B), Work(documents, new_tokens, Traffic()))
 
 
 def test_memory_documents_and_gain_bound_the_places():

@@ -1,6 +1,5 @@
 """The plan: byte counts against tensors that exist, and the searches for what fits."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,27 +11,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 from offload_runtime.config import RuntimeConfig
 from offload_runtime.errors import RunError, UserError
 from offload_runtime.fitting import fit
-from offload_runtime.memory import FreeMemory, cgroup_limits, host_free_bytes, measure
+from offload_runtime.memory import FreeMemory, measure
 from offload_runtime.model_check import check_config, check_label_channels, position_warning
 from offload_runtime.planner import Plan, largest, make_plan, require
 from offload_runtime.session import Session
-from offload_runtime.speed import Rates, Traffic, predict
 from offload_runtime.weights import Weights, count_weights
 
+from .eight_b import GB, LLAMA_8B, PLENTY
 from .models import identity_calibration, offloaded, random_ids, random_llama
-
-GB = 10**9
-LLAMA_8B = LlamaConfig(
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    vocab_size=128256,
-    max_position_embeddings=131072,
-    dtype="bfloat16",
-)
-PLENTY = FreeMemory(host=10**15, gpu=10**15)
 
 
 def test_weights_match_a_real_model() -> None:
@@ -124,118 +110,6 @@ def test_nothing_fits() -> None:
         require(plan)
 
 
-def test_predictions_order() -> None:
-    """More missed rows cost more; sticky selection bounds them; sparse reads less than dense."""
-    weights = count_weights(LLAMA_8B)
-    plan = make_plan(RuntimeConfig(), LLAMA_8B, PLENTY, "cuda", weights=weights)
-    few, many = (predict(plan, weights, Rates(), Traffic(miss_rate=rate)) for rate in (0.1, 0.9))
-    sticky = predict(plan, weights, Rates(), Traffic(new_rows=2048, miss_rate=0.9))
-    assert few.offload_tpot < many.offload_tpot
-    assert sticky.miss_rate == 2048 / 16384
-    assert few.sparse_tpot < few.dense_tpot
-    by_mode = [predict(plan, weights, Rates(), Traffic(mode, miss_rate=1.0)).offload_tpot
-               for mode in ("predict", "correct", "off")]  # fmt: skip
-    assert by_mode[0] < min(by_mode[1:])
-    # All rows missed: 2.15 GB at 48.5 GB/s is 44 ms, and layer 0's share is not hidden.
-    assert by_mode[0] == pytest.approx(0.0443 * (1 + 1 / 32) + 32 * 45e-6, rel=0.01)
-
-
-RESULTS = Path(__file__).parent.parent / "bench" / "results" / "bench_llama8b_262144.json"
-MEASURED = [row for row in json.loads(RESULTS.read_text())["rows"] if row["what"] in ("dense", "ds-offload")]
-
-
-@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row['what']} {row['budget']} {row['prefetch']}")
-def test_predicted_tpot_against_what_was_measured(row) -> None:
-    """One H100, 8B shape, 262,144 tokens: within 20 %, given the rows that moved and what was predicted."""
-    weights, budget = count_weights(LLAMA_8B), row["budget"] or "1/16"
-    budget = budget if "/" in budget else int(budget)
-    plan = make_plan(RuntimeConfig(budget=budget), LLAMA_8B, PLENTY, "cuda", weights=weights)
-    recall = row["prediction_recall"] or 1.0
-    selected_gb = plan.layout.layers * plan.layout.heads * plan.budget * plan.layout.row_bytes / 1e9
-    moved = (row["moved_gb"] or 0.0) / selected_gb
-    missed = moved / (2 - recall) if row["prefetch"] == "correct" else moved
-    traffic = Traffic(row["prefetch"] or "off", row["new_rows"], missed, recall)
-    times = predict(plan, weights, Rates(), traffic)
-    predicted = times.dense_tpot if row["what"] == "dense" else times.offload_tpot
-    assert 1e3 * predicted == pytest.approx(row["tpot_ms"], rel=0.2)
-
-
-PREFILL = Path(__file__).parent.parent / "bench" / "results" / "prefill_llama8b.json"
-# The first run compiles kernels; rows with reused tokens prefill a question only.
-PREFILLED = [row for row in json.loads(PREFILL.read_text())["rows"]
-             if row.get("reused") == 0 and "compiles" not in row["row"]]  # fmt: skip
-
-
-@pytest.mark.parametrize("row", PREFILLED, ids=lambda row: row["row"])
-def test_predicted_ttft_against_what_was_measured(row) -> None:
-    """One H100, 8 and 32 layers of the 8B shape: within 10 %, given how long calibration took.
-
-    Also given is a wait for row memory that was longer than predicted: at 32,768 tokens two
-    threads of sixteen made the pages then (cache/pinned.py uses all of them now).
-    """
-    config = LlamaConfig.from_dict({**LLAMA_8B.to_dict(), "num_hidden_layers": row["layers"]})
-    weights, budget = count_weights(config), row["budget"]
-    settings = RuntimeConfig(budget=budget if "/" in budget else int(budget))
-    plan = make_plan(settings, config, PLENTY, "cuda", tokens=row["tokens"] + 1, weights=weights)
-    times = predict(plan, weights, Rates(), Traffic())
-    memory = max(times.ttft_memory, row["pinned_wait_s"])
-    assert row["calibration_s"] + times.ttft_compute + memory == pytest.approx(row["ttft_s"], rel=0.1)
-    assert times.ttft == pytest.approx(times.ttft_calibration + times.ttft_compute + times.ttft_memory)
-
-
-FIRST = PREFILL.with_name("first_token.json")
-FIRST_TOKENS = [row for row in json.loads(FIRST.read_text())["rows"] if row["row"].startswith("ours ")]
-
-
-@pytest.mark.parametrize("row", FIRST_TOKENS, ids=lambda row: row["row"])
-def test_predicted_first_token_of_short_prompts(row) -> None:
-    """One H100, 8B shape, 32,640 and 65,408 tokens, calibration and row memory included: within 20 %."""
-    weights = count_weights(LLAMA_8B)
-    plan = make_plan(RuntimeConfig(), LLAMA_8B, PLENTY, "cuda", tokens=row["tokens"] + 1, weights=weights)
-    assert predict(plan, weights, Rates(), Traffic()).ttft == pytest.approx(row["ttft_s"], rel=0.2)
-
-
-STEPS = [row for row in json.loads(PREFILL.read_text())["rows"] if "measured_ms" in row]
-
-
-@pytest.mark.parametrize("row", STEPS, ids=lambda row: row["row"])
-def test_predicted_tpot_at_shorter_contexts(row) -> None:
-    """The same run's decode steps at 32,768 and 131,072 tokens: within 20 %, given the rows that moved."""
-    at, _, what = row["row"].removeprefix("a token at ").partition(": ")
-    weights, config = count_weights(LLAMA_8B), RuntimeConfig(ctx=int(at), budget=int(row.get("budget", 2048)))
-    plan = make_plan(config, LLAMA_8B, PLENTY, "cuda", weights=weights)
-    recall, mode = row.get("recall", 1.0), what.rsplit(" ", 1)[-1]
-    missed = row.get("moved_share", 0.0) / (2 - recall)
-    traffic = Traffic("off" if mode == "memory" else mode, None, missed, recall)
-    times = predict(plan, weights, Rates(), traffic)
-    kinds = {"dense": times.dense_tpot, "sparse": times.sparse_tpot, "offload,": times.offload_tpot}
-    assert 1e3 * kinds[what.split()[0]] == pytest.approx(row["measured_ms"], rel=0.2)
-
-
-def test_what_row_memory_costs() -> None:
-    """A batch pins all sequences' rows before the first one's last layer; rows on the GPU cost nothing."""
-    weights = count_weights(LLAMA_8B)
-
-    def memory_s(config: RuntimeConfig, batch: int) -> float:
-        plan = make_plan(config, LLAMA_8B, PLENTY, "cuda", batch=batch, weights=weights)
-        return predict(plan, weights, Rates(), Traffic()).ttft_memory
-
-    pinned_gib = 4.0  # of one sequence of 32,768 tokens
-    one, eight = (memory_s(RuntimeConfig(ctx=32768), batch) for batch in (1, 8))
-    assert one == pytest.approx(0.1 * pinned_gib)
-    assert eight == pytest.approx(8 * one)  # 4.2 s of making, beside 4.9 s of what is counted apart
-    assert memory_s(RuntimeConfig(ctx=32768, placement="gpu"), 8) == 0
-
-
-def test_a_calibration_on_the_prompt_is_part_of_the_first_token() -> None:
-    weights = count_weights(LLAMA_8B)
-    plan = make_plan(RuntimeConfig(ctx=32768), LLAMA_8B, PLENTY, "cuda", weights=weights)
-    alone, ready = (predict(plan, weights, Rates(), Traffic(), known) for known in (False, True))
-    assert alone.ttft_calibration > 0.05
-    assert ready.ttft_calibration == 0
-    assert ready.ttft < alone.ttft
-
-
 def test_places_keep_their_slots_while_one_prefills() -> None:
     """A batch's slots give way to a whole prefill; with continuous batching both are there at a time."""
     weights, config = count_weights(LLAMA_8B), RuntimeConfig(ctx=131072)
@@ -254,64 +128,6 @@ def test_a_decode_step_reads_one_row_of_the_embedding() -> None:
     assert weights.multiplied == 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     tied = LlamaConfig.from_dict({**LLAMA_8B.to_dict(), "tie_word_embeddings": True, "num_hidden_layers": 1})
     assert count_weights(tied).embedding == 0
-
-
-@pytest.mark.parametrize(
-    ("gpu_gb", "best", "why"),
-    [(400, "sparse", "against dense"), (57, "dense", "sparse does not fit"),
-     (40, "offload", "dense does not"), (None, "offload", "is not known to fit")],
-)  # fmt: skip
-def test_the_best_of_three_and_why(gpu_gb: int | None, best: str, why: str) -> None:
-    weights, free = count_weights(LLAMA_8B), FreeMemory(GB * 400, None if gpu_gb is None else GB * gpu_gb)
-    plan = make_plan(RuntimeConfig(), LLAMA_8B, free, "cuda", weights=weights)
-    times = predict(plan, weights, Rates(), Traffic())
-    assert (times.best, why in times.why) == (best, True), times.why
-
-
-def write_tree(root: Path, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-
-
-def test_cgroup_v2_limit_of_a_parent_counts(tmp_path: Path) -> None:
-    top = "sys/fs/cgroup"
-    write_tree(
-        tmp_path,
-        {
-            "proc/self/cgroup": "0::/box/job\n",
-            f"{top}/box/job/memory.max": "max\n",
-            f"{top}/box/job/memory.current": "5\n",
-            f"{top}/box/job/memory.stat": "inactive_file 1\n",
-            f"{top}/box/memory.max": "1000\n",
-            f"{top}/box/memory.current": "700\n",
-            f"{top}/box/memory.stat": "anon 1\ninactive_file 200\n",
-        },
-    )
-    assert cgroup_limits(tmp_path) == [(1000, 500)]
-    assert host_free_bytes(tmp_path) == 500
-
-
-def test_cgroup_v1(tmp_path: Path) -> None:
-    folder = "sys/fs/cgroup/memory"
-    write_tree(
-        tmp_path,
-        {
-            "proc/self/cgroup": "5:cpu:/x\n4:memory:/x\n",
-            f"{folder}/x/memory.limit_in_bytes": "900\n",
-            f"{folder}/x/memory.usage_in_bytes": "300\n",
-            f"{folder}/x/memory.stat": "total_inactive_file 100\n",
-            f"{folder}/memory.limit_in_bytes": "9223372036854771712\n",
-            f"{folder}/memory.usage_in_bytes": "1\n",
-            f"{folder}/memory.stat": "total_inactive_file 0\n",
-        },
-    )
-    assert cgroup_limits(tmp_path) == [(900, 200)]
-
-
-def test_no_cgroup(tmp_path: Path) -> None:
-    assert cgroup_limits(tmp_path) == []
-    assert host_free_bytes(tmp_path) > 0
 
 
 def test_trained_positions_follow_the_scaling() -> None:
