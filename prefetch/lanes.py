@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from .green_stream import stream_beside
+from .product_sms import ALL, products_on
 from .scheduler import URGENT
 
 # SMs that no prefill takes while others decode. Measured, 8B shape, a 65,536-token prefill beside one
@@ -42,7 +43,10 @@ class Fetched:
 
 
 class Lanes:
-    """The streams of both and the events between them; nothing of it exists on a CPU."""
+    """The streams of both and the events between them; nothing of it exists on a CPU.
+
+    decode_sms: SMs that a prefill beside decode steps leaves alone; 0: none.
+    """
 
     def __init__(self, device: torch.device, decode_sms: int = DECODE_SMS) -> None:
         self.on_gpu = device.type == "cuda"
@@ -50,7 +54,10 @@ class Lanes:
         if self.on_gpu:
             self.decode = torch.cuda.Stream(device, priority=URGENT)
             self.prefill = self.alone = torch.cuda.Stream(device)
-            self.beside = (decode_sms and stream_beside(device, decode_sms)) or self.alone
+            beside = stream_beside(device, decode_sms) if decode_sms else None
+            self.beside = beside.stream if beside else self.alone
+            # Of all prefills, so that a document's bits do not depend on what ran beside it.
+            self.product_sms = beside.sms if beside else ALL
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
@@ -73,7 +80,7 @@ class Lanes:
         self.marks.clear()
         self.prefill = self.beside if beside else self.alone
         self.prefill.wait_stream(self.decode)
-        with torch.cuda.stream(self.prefill):
+        with torch.cuda.stream(self.prefill), products_on(self.product_sms):
             yield
 
     def follow_caller(self) -> None:
