@@ -20,7 +20,7 @@ import torch
 
 from .choosing import Chooser
 from .errors import UserError
-from .prefetch.lanes import DECODE_SMS, Fetched, Lanes
+from .prefetch.lanes import Fetched, Lanes
 from .session import Session
 from .stats import collect
 
@@ -96,7 +96,7 @@ class ContinuousBatch:
                 "use 1 place"
             )
         self.session, self.overlap, self.limit_ahead = session, overlap, ahead
-        self.lanes = Lanes(session.adapter.device, DECODE_SMS if overlap and places > 1 else 0)
+        self.lanes = Lanes(session.adapter.device)
         self.running: dict[int, Running] = {}
         self.finished: list[Finished] = []
         self.pending: Step | None = None

@@ -7,7 +7,6 @@ shape, 30 with SMs of its own, 12 alone).
 """
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,15 +14,7 @@ import torch
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Beside:
-    """A stream and the number of SMs that its kernels run on."""
-
-    stream: torch.cuda.Stream
-    sms: int
-
-
-def stream_beside(device: torch.device, kept_sms: int) -> Beside | None:
+def stream_beside(device: torch.device, kept_sms: int) -> torch.cuda.Stream | None:
     """A stream on all SMs but at least `kept_sms`, which the driver rounds up; None where it cannot be had.
 
     Needs cuda.bindings, which torch installs, and a driver that knows CUDA 12.4. The context
@@ -35,16 +26,14 @@ def stream_beside(device: torch.device, kept_sms: int) -> Beside | None:
         log.info("no cuda.bindings: decode steps share all SMs with prefills")
         return None
     try:
-        handle, sms = make_stream(driver, device.index or 0, kept_sms)
-        return Beside(torch.cuda.ExternalStream(handle, device), sms)
+        return torch.cuda.ExternalStream(make_stream(driver, device.index or 0, kept_sms), device)
     except RuntimeError as error:
         log.info("no green context, decode steps share all SMs with prefills: %s", error)
         return None
 
 
-def make_stream(driver: Any, device_index: int, kept_sms: int) -> tuple[int, int]:
-    """The handle of a non-blocking stream in a green context over what a split of the SMs leaves over, and
-    how many SMs that is."""
+def make_stream(driver: Any, device_index: int, kept_sms: int) -> int:
+    """The handle of a non-blocking stream in a green context over what a split of the SMs leaves over."""
     device = result(driver.cuDeviceGet(device_index))
     whole = result(driver.cuDeviceGetDevResource(device, driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM))
     # Gives one group of kept_sms SMs, which clusters can be placed on, a count, and the rest.
@@ -52,8 +41,9 @@ def make_stream(driver: Any, device_index: int, kept_sms: int) -> tuple[int, int
     described = result(driver.cuDevResourceGenerateDesc([rest], 1))
     flags = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
     context = result(driver.cuGreenCtxCreate(described, device, flags))
-    kind = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
-    return int(result(driver.cuGreenCtxStreamCreate(context, kind, 0))), int(rest.sm.smCount)
+    return int(
+        result(driver.cuGreenCtxStreamCreate(context, driver.CUstream_flags.CU_STREAM_NON_BLOCKING, 0))
+    )
 
 
 def result(answer: tuple[Any, ...], last: bool = False) -> Any:

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 import torch
 
 from .green_stream import stream_beside
-from .product_sms import ALL, products_on
 from .scheduler import URGENT
 
 # SMs that no prefill takes while others decode. Measured, 8B shape, a 65,536-token prefill beside one
@@ -43,10 +42,7 @@ class Fetched:
 
 
 class Lanes:
-    """The streams of both and the events between them; nothing of it exists on a CPU.
-
-    decode_sms: SMs that a prefill beside decode steps leaves alone; 0: none.
-    """
+    """The streams of both and the events between them; nothing of it exists on a CPU."""
 
     def __init__(self, device: torch.device, decode_sms: int = DECODE_SMS) -> None:
         self.on_gpu = device.type == "cuda"
@@ -54,10 +50,7 @@ class Lanes:
         if self.on_gpu:
             self.decode = torch.cuda.Stream(device, priority=URGENT)
             self.prefill = self.alone = torch.cuda.Stream(device)
-            beside = stream_beside(device, decode_sms) if decode_sms else None
-            self.beside = beside.stream if beside else self.alone
-            # Of all prefills, so that a document's bits do not depend on what ran beside it.
-            self.product_sms = beside.sms if beside else ALL
+            self.beside = (decode_sms and stream_beside(device, decode_sms)) or self.alone
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
@@ -80,7 +73,7 @@ class Lanes:
         self.marks.clear()
         self.prefill = self.beside if beside else self.alone
         self.prefill.wait_stream(self.decode)
-        with torch.cuda.stream(self.prefill), products_on(self.product_sms):
+        with torch.cuda.stream(self.prefill):
             yield
 
     def follow_caller(self) -> None:

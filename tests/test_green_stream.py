@@ -1,6 +1,5 @@
 """The stream that leaves SMs to others."""
 
-import ctypes
 from types import SimpleNamespace
 
 import pytest
@@ -10,13 +9,8 @@ import triton.language as tl
 from triton.language.extra.cuda import smid
 
 from offload_runtime.prefetch.green_stream import make_stream, stream_beside
-from offload_runtime.prefetch.product_sms import ALL, products_on
 
 KEPT = 8
-
-
-def resource(sms: int) -> SimpleNamespace:
-    return SimpleNamespace(sm=SimpleNamespace(smCount=sms))
 
 
 class Driver:
@@ -36,24 +30,23 @@ class Driver:
         return self._answer("cuDeviceGet", f"device {index}")
 
     def cuDeviceGetDevResource(self, device, kind):
-        return self._answer("cuDeviceGetDevResource", resource(20))
+        return self._answer("cuDeviceGetDevResource", 20)
 
     def cuDevSmResourceSplitByCount(self, groups, whole, flags, count):
-        left = resource(whole.sm.smCount - groups * count)
-        return self._answer("cuDevSmResourceSplitByCount", [resource(count)] * groups, groups, left)
+        return self._answer("cuDevSmResourceSplitByCount", [count] * groups, groups, whole - groups * count)
 
     def cuDevResourceGenerateDesc(self, resources, count):
         return self._answer("cuDevResourceGenerateDesc", tuple(resources))
 
     def cuGreenCtxCreate(self, described, device, flags):
-        return self._answer("cuGreenCtxCreate", sum(part.sm.smCount for part in described))
+        return self._answer("cuGreenCtxCreate", sum(described))
 
     def cuGreenCtxStreamCreate(self, context, flags, priority):
         return self._answer("cuGreenCtxStreamCreate", 1000 + context)
 
 
 def test_the_stream_is_on_the_sms_that_are_not_kept():
-    assert make_stream(Driver(), 0, KEPT) == (1000 + 20 - KEPT, 20 - KEPT)
+    assert make_stream(Driver(), 0, KEPT) == 1000 + 20 - KEPT
 
 
 @pytest.mark.parametrize(
@@ -76,28 +69,14 @@ def _note_sm(seen, LOOPS: tl.constexpr):
 @pytest.mark.gpu
 def test_kernels_on_it_keep_off_the_kept_sms():
     device = torch.device("cuda", 0)
-    made = stream_beside(device, KEPT)
-    assert made is not None
+    stream = stream_beside(device, KEPT)
+    assert stream is not None
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     everywhere, beside = (torch.zeros(256, dtype=torch.int32, device=device) for _ in range(2))
     _note_sm[(64 * sms,)](everywhere, LOOPS=1000)
     torch.cuda.synchronize()
-    with torch.cuda.stream(made.stream):
+    with torch.cuda.stream(stream):
         _note_sm[(64 * sms,)](beside, LOOPS=1000)
     torch.cuda.synchronize()
     assert int(everywhere.sum()) == sms
-    assert 0 < int(beside.sum()) <= made.sms <= sms - KEPT
-
-
-@pytest.mark.gpu
-def test_products_count_on_so_many_sms_and_then_on_all_again():
-    a, b = (torch.randn(512, 512, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    expected, count = a @ b, ctypes.c_int(-1)
-    handle = ctypes.c_void_p(torch.cuda.current_blas_handle())
-    cublas = ctypes.CDLL(f"libcublas.so.{torch.version.cuda.split('.')[0]}")
-    with products_on(40):
-        cublas.cublasGetSmCountTarget(handle, ctypes.byref(count))
-        assert count.value == 40
-        torch.testing.assert_close(a @ b, expected)
-    cublas.cublasGetSmCountTarget(handle, ctypes.byref(count))
-    assert count.value == ALL
+    assert 0 < int(beside.sum()) <= sms - KEPT
