@@ -22,11 +22,10 @@ class Rates:
     origin: str = "one H100 80GB, PCIe 5 x16, measured there, not here"
     # Products of a decode step reach 2.3 to 3.1 TB/s (bench/results/products.json), whole steps less.
     weight_bytes_s: float = 2.75e12
-    # What a layer does besides: norms, RoPE, activations, caches, gaps. From whole steps at 32,768 to 262,144
-    # tokens (bench/results/bench_llama8b_262144.json and, of older code, prefill_llama8b.json) less all that
-    # is counted apart; a compromise between both.
-    plain_layer_s: float = 75e-6  # dense decode
-    layer_s: float = 70e-6  # ours
+    # What a layer does besides: norms, RoPE, activations, caches, gaps. From whole steps of two shapes at
+    # 32,768 to 262,144 tokens (bench/results/bench_*.json, tests/test_speed.py) less what is counted apart.
+    plain_layer_s: float = 40e-6  # dense decode
+    layer_s: float = 55e-6  # ours
     # Label scores and top-k of one layer: 42 to 47 us at 262,144 tokens of 8 KV heads; how much grows with
     # labels is a guess.
     select_base_s: float = 15e-6
@@ -36,7 +35,7 @@ class Rates:
     hbm_bytes_s: float = 2.97e12  # copies within GPU memory, as `ds-offload bench` measures them
     link_bytes_s: float = 50e9  # pinned copies
     # Row gathers out of 34 GB, as parts of what copies reach, by the part of all rows that is taken:
-    # 34 GB/s at 1/128, 48.5 at 1/16.
+    # 34 GB/s at 1/128, 48.5 from 1/32 on.
     sparse_gather: float = 34 / 50
     dense_gather: float = 48.5 / 50
     prefill: PrefillRates = field(default_factory=PrefillRates)
@@ -47,7 +46,7 @@ class Rates:
 
     def gather_bytes_s(self, share: float) -> float:
         """Rate at which a selection of `share` of all rows comes; between the measured two by logarithm."""
-        place = (math.log2(min(max(share, 1 / 128), 1 / 16)) + 7) / 3  # 0 at 1/128, 1 at 1/16
+        place = (math.log2(min(max(share, 1 / 128), 1 / 32)) + 7) / 2  # 0 at 1/128, 1 at 1/32
         return self.link_bytes_s * (self.sparse_gather + place * (self.dense_gather - self.sparse_gather))
 
 
