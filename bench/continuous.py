@@ -6,7 +6,8 @@ Weights are random (the Llama-3.1-8B shape), so answers mean nothing and every
 document gets exactly --new-tokens. "1" decodes each document after its prefill,
 "5" fills five places and decodes while newcomers prefill, "5:no-overlap" decodes
 between prefills only. "5:x2" goes through the documents twice: one at a time, twice as
-many take twice as long, while several places fill and empty once a job. All use caches
+many take twice as long, while several places fill and empty once a job; from three rounds on the
+rate of the rounds between the first and the last is given too ("steady"). All use caches
 pinned once, whose time is given apart. Every document and every run is written as soon
 as it is known; a run that fails is recorded and the next one goes on. On an H100 the
 defaults take about three minutes.
@@ -93,6 +94,15 @@ class Run:
                 save()
 
 
+def steady_rate(done_s: list[float], round_size: int) -> float | None:
+    """Documents an hour from the end of the first round to the end of the last but one, each of the same
+    lengths: without the time that filling and emptying places takes. None with fewer than three rounds."""
+    ends = done_s[round_size - 1 :: round_size]
+    if len(ends) < 3:
+        return None
+    return round(3600 * round_size * (len(ends) - 2) / (ends[-2] - ends[0]), 1)
+
+
 def compare(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Documents an hour over one at a time, and how far the tokens are the same (in bf16 other batch sizes
     round differently, so random weights may part at near ties); only of runs that did all documents."""
@@ -108,8 +118,10 @@ def compare(lines: list[dict[str, Any]]) -> dict[str, Any]:
             / len(d["tokens"])
             for d in line["documents"]
         ]
+        steady = steady_rate([d["done_s"] for d in line["documents"]], len(expected))
         gains[line["setting"]] = {
             "gain": round(line["documents_per_hour"] / base["documents_per_hour"], 3),
+            "steady_gain": steady and round(steady / base["documents_per_hour"], 3),
             "tokens_as_alone": round(sum(same) / len(same), 4),
         }
     return gains
