@@ -14,6 +14,7 @@ from .calibration import Calibration, config_facts
 from .calibration_channels import published_maps
 from .calibration_collect import Collection, collect, make_blocks, make_calibration, provenance_of
 from .calibration_file import CALIBRATION_FILE
+from .calibration_learned import DOCUMENT_TOKENS, DOCUMENTS, learn
 from .calibration_maps import METHODS, check_request
 from .calibration_progress import Progress
 from .config import CALIBRATION_TOKENS, DEFAULT_LABEL_CHANNELS
@@ -49,7 +50,8 @@ def calibrate(
 
     method: one of METHODS; channels: R. out: default calibration.safetensors in the
     model's directory. tokens: how many of the text's tokens to run, in blocks spread
-    over it. A run that was stopped goes on where it was when it is started again with
+    over it; "learned" reads up to 40,960 more. A run that was stopped goes on where
+    it was when it is started again with
     the same settings. progress(done, total) counts layers x blocks. channels_from: a
     JSON file of channels as Double Sparsity publishes them; a text is then optional,
     and tells which layers to predict. dtype, rope_scaling, quantize, hub (gguf_file, revision,
@@ -118,11 +120,32 @@ def calibrate_text(
         "positions": str(room),
         "seed": str(seed),
     }
+    layers = len(adapter.layers)
+    units = layers * len(blocks)
+    learning = layers if method == "learned" else 0
+
+    def report(done: int, _: int = 0) -> None:
+        if progress is not None:
+            progress(done, units + learning)
+
     if resumable_at is None:
-        collection = collect(adapter, blocks, room, seed, progress)
+        collection = collect(adapter, blocks, room, seed, report)
     else:
-        collection = collect_resumably(adapter, blocks, room, seed, progress, side_file(resumable_at, facts))
-    return make_calibration(adapter, collection, channels, method, facts)
+        collection = collect_resumably(adapter, blocks, room, seed, report, side_file(resumable_at, facts))
+    made = make_calibration(adapter, collection, channels, method, facts)
+    if method != "learned":
+        return made
+    # Two at least, of the tokens that there are.
+    length = max(1, min(DOCUMENT_TOKENS, room - len(prefix), -(-len(ids) // 2)))
+    documents = make_blocks(ids, prefix, DOCUMENTS * length, length, seed)
+    maps = learn(
+        adapter, list(zip(made.query_map, made.key_map, made.key_mean, strict=True)), documents, room, seed,
+        lambda done: report(units + done),
+    )  # fmt: skip
+    query_map, key_map, key_mean = (
+        torch.stack([part.cpu() for part in parts]) for parts in zip(*maps, strict=True)
+    )
+    return replace(made, query_map=query_map, key_map=key_map, key_mean=key_mean)
 
 
 def side_file(target: Path, facts: dict[str, str] | None = None) -> Progress:

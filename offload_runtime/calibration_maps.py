@@ -45,7 +45,8 @@ import torch
 
 from .errors import UserError
 
-METHODS = ("projection", "channels", "channels-q", "channels-k", "greedy")
+# learned (calibration_learned.py) begins with the projection.
+METHODS = ("projection", "learned", "channels", "channels-q", "channels-k", "greedy")
 # Added to both moments, relative to their mean eigenvalue. Held-out mass is the same to 0.0002 for any ridge
 # from 0 to 0.1 (bench/results/labels.json); this one keeps moments of fewer tokens than D factorisable.
 RIDGE = 1e-3
@@ -102,10 +103,10 @@ class LayerMoments:
 
     def maps(self, channels: int, method: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """query_map [Hq, R, D], key_map [Hkv, R, D], key_mean [Hkv, D], float32."""
-        if method in ("projection", "greedy"):
+        if method in ("projection", "learned", "greedy"):
             mean = self.key_sum / self.tokens
             query_moment = self.query / (self.tokens * self.group)
-            make = label_maps if method == "projection" else greedy_maps
+            make = greedy_maps if method == "greedy" else label_maps
             query_map, key_map = make(query_moment, self.key / self.tokens, mean, channels, self.group)
             return query_map, key_map, mean.float()
         measure = {"channels": self.products, "channels-q": self.query_size, "channels-k": self.key_size}

@@ -179,7 +179,7 @@ def calibrate(
         Path | None, typer.Option("--out", "-o", help="File to write. [default: beside the model]")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="projection; greedy; channels, -q or -k: as in the paper.")
+        str, typer.Option(help="projection; learned; greedy; channels, -q or -k: the paper's.")
     ] = "projection",
     channels: Annotated[int, typer.Option(help="Label channels R.")] = 32,
     tokens: Annotated[int, typer.Option(help="Tokens of text to read.")] = CALIBRATION_TOKENS,
