@@ -46,7 +46,7 @@ import torch
 from .errors import UserError
 
 # learned (calibration_learned.py) begins with the projection.
-METHODS = ("projection", "learned", "channels", "channels-q", "channels-k", "greedy")
+METHODS = ("projection", "channels", "channels-q", "channels-k", "greedy", "learned")
 # Added to both moments, relative to their mean eigenvalue. Held-out mass is the same to 0.0002 for any ridge
 # from 0 to 0.1 (bench/results/labels.json); this one keeps moments of fewer tokens than D factorisable.
 RIDGE = 1e-3
