@@ -6,8 +6,8 @@ Weights are random (the Llama-3.1-8B shape), so answers mean nothing and every
 document gets exactly --new-tokens. "1" decodes each document after its prefill,
 "5" fills five places and decodes while newcomers prefill, "5:no-overlap" decodes
 between prefills only. "5:x2" goes through the documents twice: one at a time, twice as
-many take twice as long, while several places fill and empty once a job; from three rounds on the
-rate of the rounds between the first and the last is given too ("steady"). All use caches
+many take twice as long, while several places fill and empty once a job; from three rounds on
+"steady_gain" compares the rounds between the first and the last. All use caches
 pinned once, whose time is given apart. Every document and every run is written as soon
 as it is known; a run that fails is recorded and the next one goes on. On an H100 the
 defaults take about three minutes.

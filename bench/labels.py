@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from offload_runtime.adapter import ModelAdapter
 from offload_runtime.bench.label_mass import COMBINATIONS, POPCOUNT, LayerSample, Maps, measure, sample_layers
 from offload_runtime.calibration_collect import collect, make_blocks
+from offload_runtime.calibration_learned import spread_positions
 from offload_runtime.calibration_maps import LayerMoments, calibrate_layer, label_maps, spread
 
 RESULTS = Path(__file__).parent / "results"
@@ -137,14 +138,6 @@ def own_maps(
     return maps
 
 
-def spread_positions(tokens: int, span: int) -> torch.Tensor:
-    """Positions [tokens] that reach `span` by gaps of random size between stretches of 512 tokens."""
-    stretch = torch.arange(tokens) // 512
-    generator = torch.Generator().manual_seed(0)
-    ends = torch.rand(int(stretch[-1]) + 1, generator=generator).cumsum(0)
-    return torch.arange(tokens) + ((ends - ends[0]) / (ends[-1] - ends[0]) * (span - tokens))[stretch].long()
-
-
 def load(directory: str) -> tuple[ModelAdapter, Any]:
     """A model directory, or one that holds a single GGUF file."""
     packed = sorted(Path(directory).glob("*.gguf"))
@@ -214,7 +207,8 @@ def main() -> None:
     test_ids = read_tokens(tokenizer, arguments.test)
     start = len(test_ids) // 3
     test_ids = torch.cat([prefix, test_ids[start : start + arguments.tokens - len(prefix)]])
-    places = spread_positions(len(test_ids), arguments.span or len(test_ids))
+    drawn = torch.Generator().manual_seed(0)
+    places = spread_positions(len(test_ids), arguments.span or len(test_ids), drawn)
     samples = sample_layers(adapter, test_ids, places)
     result = {
         "tokens": arguments.tokens,

@@ -50,9 +50,9 @@ def calibrate(
 
     method: one of METHODS; channels: R. out: default calibration.safetensors in the
     model's directory. tokens: how many of the text's tokens to run, in blocks spread
-    over it; "learned" reads up to 40,960 more. A run that was stopped goes on where
-    it was when it is started again with
-    the same settings. progress(done, total) counts layers x blocks. channels_from: a
+    over it; "learned" reads up to 40,960 more. A run that was stopped goes on where it was
+    when it is started again with the same settings, but for what "learned" does after the
+    blocks. progress(done, total) counts layers x blocks, and layers learned. channels_from: a
     JSON file of channels as Double Sparsity publishes them; a text is then optional,
     and tells which layers to predict. dtype, rope_scaling, quantize, hub (gguf_file, revision,
     token, trust_remote_code): as in load_model. UserError in one line.
@@ -120,30 +120,39 @@ def calibrate_text(
         "positions": str(room),
         "seed": str(seed),
     }
-    layers = len(adapter.layers)
+    layers, learns = len(adapter.layers), method == "learned"
     units = layers * len(blocks)
-    learning = layers if method == "learned" else 0
 
     def report(done: int, _: int = 0) -> None:
         if progress is not None:
-            progress(done, units + learning)
+            progress(done, units + layers * learns)
 
     if resumable_at is None:
         collection = collect(adapter, blocks, room, seed, report)
     else:
         collection = collect_resumably(adapter, blocks, room, seed, report, side_file(resumable_at, facts))
     made = make_calibration(adapter, collection, channels, method, facts)
-    if method != "learned":
+    if not learns:
         return made
     # Two at least, of the tokens that there are.
     length = max(1, min(DOCUMENT_TOKENS, room - len(prefix), -(-len(ids) // 2)))
     documents = make_blocks(ids, prefix, DOCUMENTS * length, length, seed)
-    maps = learn(
-        adapter, list(zip(made.query_map, made.key_map, made.key_mean, strict=True)), documents, room, seed,
-        lambda done: report(units + done),
-    )  # fmt: skip
+    return with_learned_maps(made, adapter, documents, room, seed, lambda done: report(units + done))
+
+
+def with_learned_maps(
+    made: Calibration,
+    adapter: ModelAdapter,
+    documents: Sequence[torch.Tensor],
+    positions: int,
+    seed: int,
+    progress: Callable[[int], None],
+) -> Calibration:
+    """The calibration with the maps that learn() makes of its own; progress(layers done)."""
+    start = list(zip(made.query_map, made.key_map, made.key_mean, strict=True))
+    learned = learn(adapter, start, documents, positions, seed, progress)
     query_map, key_map, key_mean = (
-        torch.stack([part.cpu() for part in parts]) for parts in zip(*maps, strict=True)
+        torch.stack([part.cpu() for part in parts]) for parts in zip(*learned, strict=True)
     )
     return replace(made, query_map=query_map, key_map=key_map, key_mean=key_mean)
 

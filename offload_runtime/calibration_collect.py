@@ -212,14 +212,19 @@ def group_masses(
     queries: torch.Tensor, keys: torch.Tensor, places: torch.Tensor, scale: float, window: int
 ) -> torch.Tensor:
     """Softmax mass [Hkv, P, T] summed over the group; queries [Hq, P, D] at places [P], keys [Hkv, T, D]."""
-    kv_heads, tokens, dim = keys.shape
-    grouped = queries.float().reshape(kv_heads, -1, dim)  # [Hkv, G P, D]
-    logits = (grouped @ keys.mT * scale).view(kv_heads, -1, len(places), tokens)  # [Hkv, G, P, T]
-    token = torch.arange(tokens, device=keys.device)
+    logits = grouped_products(queries.float(), keys) * scale  # [Hkv, G, P, T]
+    token = torch.arange(keys.shape[1], device=keys.device)
     hidden = token > places[:, None]  # [P, T]
     if window:
         hidden |= token <= places[:, None] - window
     return logits.masked_fill(hidden, float("-inf")).softmax(-1).sum(1)
+
+
+def grouped_products(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Products [Hkv, G, P, T] of queries [Hq, P, N] and their groups' keys [Hkv, T, N]."""
+    _, count, width = queries.shape
+    flat = queries.reshape(len(keys), -1, width)  # [Hkv, G P, N]
+    return (flat @ keys.mT).view(len(keys), -1, count, keys.shape[1])
 
 
 def make_calibration(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from .adapter import AttentionCall, ModelAdapter
-from .calibration_collect import attend
+from .calibration_collect import attend, grouped_products
 from .errors import UserError
 
 SINKS, RECENT = 16, 64  # the runtime's defaults: attended to anyway
@@ -58,16 +58,9 @@ class Sample:
     def mass(self) -> torch.Tensor:
         """Softmax mass [Hkv, G, P, T] of the selectable tokens; zero elsewhere."""
         token = torch.arange(self.keys.shape[1], device=self.keys.device)
-        logits = grouped(self.queries, self.keys) * self.scale
+        logits = grouped_products(self.queries, self.keys) * self.scale
         attention = logits.masked_fill(token >= self.lengths[:, None], float("-inf")).softmax(-1)
         return attention * self.selectable()
-
-
-def grouped(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Products [Hkv, G, P, T] of queries [Hq, P, N] and keys [Hkv, T, N]."""
-    _, count, width = queries.shape
-    flat = queries.reshape(len(keys), -1, width)  # [Hkv, G P, N]
-    return (flat @ keys.mT).view(len(keys), -1, count, keys.shape[1])
 
 
 def spread_positions(tokens: int, span: int, generator: torch.Generator) -> torch.Tensor:
@@ -160,12 +153,12 @@ def judge(
     every = torch.arange(QUERIES, device=mass.device)
     with torch.no_grad():
         shares = shares_of(sample, every, query_map, key_map, mean).exp().sum(1)  # [Hkv, P, T]
-        found = torch.zeros(())
+        found = mass.new_zeros(())
         for p, length in enumerate(sample.lengths.tolist()):
             far = slice(SINKS, length - RECENT)
             chosen = shares[:, p, far].topk(max(1, length // SHARE)).indices  # [Hkv, K]
-            found = found + mass[:, :, p, far].sum(1).gather(1, chosen).sum().cpu()
-        return float(1 - found / mass.sum().cpu())
+            found += mass[:, :, p, far].sum(1).gather(1, chosen).sum()
+        return float(1 - found / mass.sum())
 
 
 def shares_of(
@@ -178,7 +171,7 @@ def shares_of(
     """Log of the labels' softmax [Hkv, G, P, T] over selectable tokens, of queries `some`; -inf elsewhere."""
     query_labels = sample.queries[:, some] @ query_map.mT  # [Hq, P, R]
     labels = (sample.keys - mean[:, None]) @ key_map.mT  # [Hkv, T, R]
-    scores = grouped(query_labels, labels) * sample.scale
+    scores = grouped_products(query_labels, labels) * sample.scale
     return scores.masked_fill(~sample.selectable()[some], float("-inf")).log_softmax(-1)
 
 
@@ -193,4 +186,4 @@ def loss_of(
     """Cross entropy of the labels' softmax over selectable tokens; mass [Hkv, G, P, T], of queries `some`."""
     shares = shares_of(sample, some, query_map, key_map, mean)
     weight = mass[:, :, some]
-    return -(weight * shares.masked_fill(~sample.selectable()[some], 0.0)).sum() / weight.sum()
+    return -(weight * shares.masked_fill(shares.isneginf(), 0.0)).sum() / weight.sum()
