@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,9 @@ def test_sigterm_finishes_the_line_and_exits_143(source: Path, expected: bytes, 
 
 def test_ctrl_c_stops_at_once_with_130(source: Path, expected: bytes, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    process = start(source, output, "--seconds", "5")
+    # Tests that a script has put into the background inherit a SIGINT that is ignored.
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = start(source, output, "--seconds", "5", preexec_fn=heeded)
     wait_for_start(process)
     time.sleep(0.15)
     process.send_signal(signal.SIGINT)
