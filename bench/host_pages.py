@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from offload_runtime.bench.machine import machine
+from offload_runtime.cache.managed import managed_pages
 from offload_runtime.cache.pinned import populate, register
 from offload_runtime.kernels.attention_trial import event_ms
 from offload_runtime.kernels.gather import gather_rows_triton
@@ -42,11 +43,22 @@ def mapped(flags: int, huge: bool) -> torch.Tensor:
     pages = np.frombuffer(region, dtype=np.uint8)
     populate(pages)
     register(pages)
+    return as_rows(pages)
+
+
+def managed() -> torch.Tensor:
+    pages = managed_pages(REGION_BYTES, torch.device("cuda", torch.cuda.current_device()))
+    assert pages is not None, "this machine has no managed memory"
+    return as_rows(pages)
+
+
+def as_rows(pages: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pages).view(torch.bfloat16).view(1, HEADS, TOKENS, ROW)
 
 
 WAYS: dict[str, Callable[[], torch.Tensor]] = {
     "shared 4 KiB": lambda: mapped(mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, False),
+    "managed": managed,
     "private huge": lambda: mapped(mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, True),
     "cudaHostAlloc": lambda: torch.empty(1, HEADS, TOKENS, ROW, dtype=torch.bfloat16, pin_memory=True),
 }

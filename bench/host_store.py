@@ -4,7 +4,7 @@ from concurrent.futures import Future
 
 import torch
 
-from offload_runtime.cache.pinned import pinned_empty
+from offload_runtime.cache.row_memory import RowMemory
 
 PIECE_BYTES = 256 << 20  # of random rows that are made at a time
 
@@ -16,11 +16,10 @@ class HostStore:
     """
 
     def __init__(self, layers: int, elements_a_layer: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (elements_a_layer,)
         on_gpu = device.type == "cuda"
-        self.regions = [
-            pinned_empty(shape, dtype) if on_gpu else torch.empty(shape, dtype=dtype) for _ in range(layers)
-        ]
+        memory = RowMemory(device if on_gpu else None)
+        asked = [memory.take((elements_a_layer,), dtype) for _ in range(layers)]
+        self.regions = [region.result() for region in asked]
         piece = min(PIECE_BYTES // dtype.itemsize, elements_a_layer)
         rows = torch.randn(piece, device=device, dtype=dtype)
         for region in self.regions:

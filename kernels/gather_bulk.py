@@ -39,13 +39,13 @@ def gather_rows_bulk(
 ) -> None:
     """gather_rows_reference in one launch of num_ctas CTAs, each with ring_bytes of rows in flight.
 
-    host_rows may be pinned or on the GPU.
+    host_rows may be pinned, managed or on the GPU.
     """
     import cupy
 
     batch, kv_heads, budget = miss_tokens.shape
     row_bytes = slots.shape[-1] * slots.element_size()
-    assert host_rows.is_cuda or host_rows.is_pinned()
+    assert cupy.cuda.runtime.pointerGetAttributes(host_rows.data_ptr()).type != 0  # memory that CUDA knows
     for rows in (host_rows, slots):
         assert rows[0, 0].is_contiguous()
         assert rows.shape[-1] * rows.element_size() == row_bytes

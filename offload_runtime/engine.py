@@ -61,7 +61,7 @@ class OffloadedModel:
         self.calibration = calibration
         self.stats: dict[str, Any] = {}
         self.fitted: list[str] = []  # what fit=True shrank for the caches in use
-        self._memory = RowMemory(model.device.type == "cuda")
+        self._memory = RowMemory(model.device if model.device.type == "cuda" else None)
         self._session: Session | None = None
         self._had_session = False
         self._calibration_s = 0.0  # of the last call's time: a calibration made from its prompt

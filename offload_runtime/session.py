@@ -52,7 +52,7 @@ class Session:
 
         active = torch.ones(batch, dtype=torch.int32, device=device)
         self.state = BatchState(integers(batch), integers(batch), integers(1), active)
-        self.memory = memory or RowMemory(device.type == "cuda")
+        self.memory = memory or RowMemory(device if device.type == "cuda" else None)
         self.caches = [self._make_cache(window) for window in biting(adapter.windows, capacity)]
         self.offloaded = {i: cache for i, cache in enumerate(self.caches) if isinstance(cache, LayerCache)}
         self.prefetcher = Prefetcher(

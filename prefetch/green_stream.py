@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..cache.cuda_driver import driver_bindings, result
+
 log = logging.getLogger(__name__)
 
 
@@ -20,9 +22,8 @@ def stream_beside(device: torch.device, kept_sms: int) -> torch.cuda.Stream | No
     Needs cuda.bindings, which torch installs, and a driver that knows CUDA 12.4. The context
     lives as long as the process: torch's allocator keeps memory by stream.
     """
-    try:
-        from cuda.bindings import driver
-    except ImportError:
+    driver = driver_bindings()
+    if driver is None:
         log.info("no cuda.bindings: decode steps share all SMs with prefills")
         return None
     try:
@@ -44,10 +45,3 @@ def make_stream(driver: Any, device_index: int, kept_sms: int) -> int:
     return int(
         result(driver.cuGreenCtxStreamCreate(context, driver.CUstream_flags.CU_STREAM_NON_BLOCKING, 0))
     )
-
-
-def result(answer: tuple[Any, ...], last: bool = False) -> Any:
-    """What a driver call gives after its status; RuntimeError if that is not success."""
-    if int(answer[0]) != 0:
-        raise RuntimeError(f"CUDA driver: {answer[0]}")
-    return answer[-1] if last else answer[1]

@@ -16,7 +16,7 @@ def address(tensor: torch.Tensor) -> int:
 
 
 def test_a_region_comes_back_with_its_last_view() -> None:
-    memory = RowMemory(pin=False)
+    memory = RowMemory(None)
     first = memory.take((2, 3, 8), torch.bfloat16).result()
     assert (first.shape, first.dtype, memory.idle_bytes) == ((2, 3, 8), torch.bfloat16, 0)
     where, view = address(first), first[1]
@@ -32,7 +32,7 @@ def test_a_region_comes_back_with_its_last_view() -> None:
 
 
 def test_prepared_regions_are_taken_in_order_and_none_is_made_twice() -> None:
-    memory = RowMemory(pin=False)
+    memory = RowMemory(None)
     memory.prepare(3, 4096)
     made = list(memory.regions)
     memory.prepare(3, 4000)  # what is there will do
@@ -43,7 +43,7 @@ def test_prepared_regions_are_taken_in_order_and_none_is_made_twice() -> None:
 
 
 def test_small_regions_make_way_for_larger_ones() -> None:
-    memory = RowMemory(pin=False)
+    memory = RowMemory(None)
     held = memory.take((10,), torch.uint8).result()
     del held
     larger = memory.take((20,), torch.uint8).result()
@@ -56,7 +56,7 @@ def test_small_regions_make_way_for_larger_ones() -> None:
 
 
 def test_no_room_is_told_to_who_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory, mapped = RowMemory(pin=False), row_memory.mapped
+    memory, mapped = RowMemory(None), row_memory.mapped
 
     def no_room(_: int) -> None:
         raise MemoryError("cannot map 1.00 GB of host memory")

@@ -1,0 +1,81 @@
+"""Host memory that CUDA manages, for rows: the GPU maps it in pages of 2 MiB.
+
+Registered memory is mapped in pages of 64 KiB. A gather of random rows asks for a new one with nearly
+every row, and once those in use cover more than some 16 GiB their translations no longer stay in the GPU's
+caches: 16,384 rows of 512 B, 30 regions of 1 GiB in turn, take 231 us each, from managed memory 179, which is
+the link's time (H100, driver 580; bench/results/host_pages.json). The pages stay in host memory: that is
+their preferred location, and the GPU reads and writes them there.
+"""
+
+import ctypes
+import logging
+import os
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from .cuda_driver import driver_bindings, enter_context, result
+from .pinned import PIECE_BYTES
+
+log = logging.getLogger(__name__)
+PAGE_BYTES = 2 << 20
+
+
+def managed_pages(size: int, device: torch.device) -> np.ndarray | None:
+    """[size] uint8 with memory behind every page, mapped by the GPU; None where it cannot be had.
+
+    Needs cuda.bindings and a GPU that shares managed memory with the host while both use it
+    (Linux). MemoryError when the host has no room.
+    """
+    driver = driver_bindings()
+    if driver is None:
+        log.info("no cuda.bindings: rows go to registered memory")
+        return None
+    enter_context(driver, device)
+    shared = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS
+    if not result(driver.cuDeviceGetAttribute(shared, device.index or 0)):
+        log.info("this GPU does not share managed memory: rows go to registered memory")
+        return None
+    pages = allocate(driver, size, device)
+    fill(pages)
+    return pages
+
+
+def allocate(driver: Any, size: int, device: torch.device) -> np.ndarray:
+    """Managed memory [size] that prefers the host and that the GPU maps; freed with the array."""
+    try:
+        pointer = result(driver.cuMemAllocManaged(size, driver.CUmemAttach_flags.CU_MEM_ATTACH_GLOBAL.value))
+    except RuntimeError as error:
+        raise MemoryError(f"CUDA cannot manage {size / 1e9:.2f} GB of host memory: {error}") from error
+    pages = np.frombuffer((ctypes.c_uint8 * size).from_address(int(pointer)), dtype=np.uint8)
+
+    def free() -> None:
+        enter_context(driver, device)
+        driver.cuMemFree(pointer)
+
+    weakref.finalize(pages, free)
+    kinds, advice = driver.CUmemLocationType, driver.CUmem_advise
+    host, gpu = kinds.CU_MEM_LOCATION_TYPE_HOST, kinds.CU_MEM_LOCATION_TYPE_DEVICE
+    advise(driver, pointer, size, advice.CU_MEM_ADVISE_SET_PREFERRED_LOCATION, host, 0)
+    advise(driver, pointer, size, advice.CU_MEM_ADVISE_SET_ACCESSED_BY, gpu, device.index or 0)
+    return pages
+
+
+def advise(driver: Any, pointer: Any, size: int, what: Any, kind: Any, number: int) -> None:
+    location = driver.CUmemLocation()
+    location.type, location.id = kind, number
+    call = getattr(driver, "cuMemAdvise_v2", None) or driver.cuMemAdvise  # its names in CUDA 12 and 13
+    result(call(pointer, size, what, location))
+
+
+def fill(pages: np.ndarray) -> None:
+    """Write to every page of 2 MiB, in parallel; one core is left to whoever launches kernels."""
+
+    def write(start: int) -> None:
+        pages[start : start + PIECE_BYTES : PAGE_BYTES] = 0
+
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1)) as pool:
+        list(pool.map(write, range(0, pages.nbytes, PIECE_BYTES)))
