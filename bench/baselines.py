@@ -19,11 +19,12 @@ from transformers import DynamicCache
 from offload_runtime.adapter import AttentionCall, ModelAdapter
 from offload_runtime.architectures import capturable_experts
 from offload_runtime.bench.driven import TOKEN_IDS
-from offload_runtime.bench.host_store import HostStore
 from offload_runtime.bench.timing import step_ms
+from offload_runtime.cache.pinned import pinned_empty
 from offload_runtime.fusion import Fusion
 
 WARM_STEPS = 2
+STREAMED_REGIONS = 4  # of host memory, which the layers take turns with: a step copies as many bytes
 
 
 def flash_decode(call: AttentionCall, rows: torch.Tensor) -> torch.Tensor:
@@ -93,13 +94,14 @@ def dense_times(adapter: ModelAdapter, ctx: int, batch: int, steps: int) -> list
 
 
 class Streaming:
-    """Two buffers on the device; while one layer's rows are attended to, the next layer's arrive."""
+    """Two buffers on the device; while one layer's rows are attended to, the next layer's arrive.
 
-    def __init__(self, adapter: ModelAdapter, ctx: int, batch: int, store: HostStore) -> None:
-        shape = (batch, adapter.kv_heads, ctx, 2 * adapter.head_dim)
-        self.host = [store.view(layer, shape) for layer in range(len(adapter.layers))]
-        device = adapter.device
-        self.buffers = [torch.empty(shape, dtype=adapter.dtype, device=device) for _ in range(2)]
+    host: every layer's rows [B, Hkv, N, 2 D].
+    """
+
+    def __init__(self, host: list[torch.Tensor], device: torch.device) -> None:
+        self.host = host
+        self.buffers = [torch.empty_like(host[0], device=device) for _ in range(2)]
         self.fetched = self.attended = 0  # layers so far; either's buffer is its count modulo 2
         self.on_gpu = device.type == "cuda"
         if self.on_gpu:
@@ -133,9 +135,19 @@ class Streaming:
         return out
 
 
-def streaming_times(adapter: ModelAdapter, ctx: int, batch: int, steps: int, store: HostStore) -> list[float]:
+def streamed_rows(adapter: ModelAdapter, ctx: int, batch: int) -> list[torch.Tensor]:
+    """Every layer's rows: of random numbers, in registered memory, which whole copies are fastest from."""
+    shape = (batch, adapter.kv_heads, ctx, 2 * adapter.head_dim)
+    make = pinned_empty if adapter.device.type == "cuda" else torch.empty
+    regions = [make(shape, dtype=adapter.dtype) for _ in range(STREAMED_REGIONS)]
+    for region in regions:
+        region.copy_(torch.randn(shape, dtype=adapter.dtype, device=adapter.device))
+    return [regions[layer % STREAMED_REGIONS] for layer in range(len(adapter.layers))]
+
+
+def streaming_times(adapter: ModelAdapter, ctx: int, batch: int, steps: int) -> list[float]:
     """Milliseconds of decode steps that copy every layer's whole KV over the link."""
-    streaming = Streaming(adapter, ctx, batch, store)
+    streaming = Streaming(streamed_rows(adapter, ctx, batch), adapter.device)
 
     def handler_for(layer: int) -> Callable[[AttentionCall], torch.Tensor]:
         return lambda call: streaming.attend(layer, call)

@@ -65,12 +65,12 @@ class Comparison:
             on_card(card)
         with torch.no_grad():
             for ctx, batch in groups:
-                for name in ("dense", "hf-dense"):
-                    self._baseline(adapter, shape, ctx, batch, name, None)
+                for name in ("dense", "hf-dense", "streaming"):
+                    self._baseline(adapter, shape, ctx, batch, name)
             self._offloaded_groups(adapter, shape, groups)
             self._free()
             for ctx, batch in groups:
-                self._baseline(adapter, shape, ctx, batch, "hf-offloaded", None)
+                self._baseline(adapter, shape, ctx, batch, "hf-offloaded")
 
     def _weights_refusal(self, shape: str, positions: int) -> str | None:
         """Why a model of this shape cannot be made here, None when it can."""
@@ -91,7 +91,7 @@ class Comparison:
             if (ctx, batch) not in fitting:
                 need = ctx * batch * a_token / GB
                 why = f"does not fit: {need:.1f} GB of host rows, {room / GB:.1f} GB free"
-                self._failed(empty_row(shape, ctx, batch, "streaming and ds-offload"), why)
+                self._failed(empty_row(shape, ctx, batch, "ds-offload"), why)
         if not fitting:
             return
         tokens = max(ctx * batch for ctx, batch in fitting)
@@ -100,17 +100,14 @@ class Comparison:
             store = HostStore(len(adapter.layers), tokens * row, adapter.dtype, adapter.device)
         except MemoryError as error:
             for ctx, batch in fitting:
-                self._failed(empty_row(shape, ctx, batch, "streaming and ds-offload"), reason(error))
+                self._failed(empty_row(shape, ctx, batch, "ds-offload"), reason(error))
             return
         self.say(f"{store.nbytes / GB:.1f} GB of host rows made in {time.perf_counter() - started:.1f} s")
         for ctx, batch in fitting:
-            self._baseline(adapter, shape, ctx, batch, "streaming", store)
             for setting in self.request.settings(ctx):
                 self._session(adapter, shape, ctx, batch, setting, store)
 
-    def _baseline(
-        self, adapter: ModelAdapter, shape: str, ctx: int, batch: int, name: str, store: HostStore | None
-    ) -> None:
+    def _baseline(self, adapter: ModelAdapter, shape: str, ctx: int, batch: int, name: str) -> None:
         if name not in self.request.baselines:
             return
         steps = min(self.request.steps, MOST_STEPS[name])
@@ -121,9 +118,9 @@ class Comparison:
         def times() -> list[float]:
             if name == "dense":
                 return dense_times(adapter, ctx, batch, steps)
-            if store is not None:
+            if name == "streaming":
                 row.update(moved_gb=kv_bytes / GB, pinned_gb=kv_bytes / GB)
-                return streaming_times(adapter, ctx, batch, steps, store)
+                return streaming_times(adapter, ctx, batch, steps)
             if name == "hf-offloaded":
                 self._check_offloaded(hf_pinned_bytes(adapter, ctx, batch))
                 # Every layer goes to the GPU whole, and whole back.

@@ -64,14 +64,14 @@ class DrivenSession(Session):
                 cache.labels.write(keys, cache.maps, starts)
                 if self.handed_out is None:
                     rows = torch.cat([keys, keys], -1)  # [B, Hkv, T, 2 D]
-                    cache.host.rows[:, :, start : start + count].copy_(rows)
+                    cache.host.link_rows[:, :, start : start + count].copy_(rows)
 
     def restart(self, steps: int) -> None:
         """Nothing resident and nothing counted; lengths such that `steps` more tokens fill the context."""
         self.clear()
         for cache in self.offloaded.values():
             fixed = self.layout.fixed_slots
-            cache.resident.slots[:, :, :fixed] = cache.host.rows[:, :, :fixed].to(self.adapter.device)
+            cache.resident.slots[:, :, :fixed] = cache.host.link_rows[:, :, :fixed].to(self.adapter.device)
         self.state.lengths.fill_(self.layout.capacity - steps)
         for cache in self.offloaded.values():
             cache.budgets.fill_(self.config.budget_tokens(self.layout.capacity))

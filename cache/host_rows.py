@@ -5,12 +5,14 @@ random gather runs at the link's speed only while its rows lie within about a
 GiB (address translation, measured).
 """
 
+import functools
 from concurrent.futures import Future
 from typing import Protocol
 
 import torch
 
 from .layout import KVLayout
+from .managed import gpu_alias
 
 
 class Lender(Protocol):
@@ -22,10 +24,11 @@ class Lender(Protocol):
 class HostRows:
     """One layer's rows. `rows` waits for the memory, which may still be in the making.
 
-    place: "cpu", or the GPU that the model is on.
+    place: "cpu", or the GPU that the model is on; device: where the model is.
     """
 
-    def __init__(self, layout: KVLayout, place: torch.device, memory: Lender) -> None:
+    def __init__(self, layout: KVLayout, place: torch.device, memory: Lender, device: torch.device) -> None:
+        self.device = device
         self.shape = (layout.batch, layout.kv_heads, layout.capacity, layout.row_elements)
         self._pending: Future[torch.Tensor] = Future()
         if place.type == "cpu":
@@ -37,3 +40,8 @@ class HostRows:
     def rows(self) -> torch.Tensor:
         """[B, Hkv, capacity, row]; raises MemoryError if the host had no room."""
         return self._pending.result()
+
+    @functools.cached_property
+    def link_rows(self) -> torch.Tensor:
+        """`rows` as copies to and from the GPU should name them."""
+        return gpu_alias(self.rows, self.device)

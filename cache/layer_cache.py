@@ -52,7 +52,7 @@ class LayerCache:
     ) -> None:
         """rows_place: where the rows are kept, by default in host memory that `memory` lends."""
         self.layout, self.state, self.new_rows = layout, state, new_rows
-        self.host = HostRows(layout, rows_place or torch.device("cpu"), memory)
+        self.host = HostRows(layout, rows_place or torch.device("cpu"), memory, device)
         self.labels = LabelCache(layout, device)
         self.resident = ResidentSet(layout, device)
         self.maps = LabelMaps(layout, device)

@@ -12,7 +12,7 @@ import os
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from errno import ENOMEM
+from errno import EFAULT, ENOMEM
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ def populate(pages: np.ndarray) -> None:
         size = min(PIECE_BYTES, pages.nbytes - start)
         if madvise(pages.ctypes.data + start, size, MADV_POPULATE_WRITE) == 0:
             return
-        if ctypes.get_errno() == ENOMEM:
+        if ctypes.get_errno() in (ENOMEM, EFAULT):
             raise MemoryError(f"no host memory for {pages.nbytes / 1e9:.2f} GB of KV rows")
         pages[start : start + size : PAGE_BYTES] = 0  # an older kernel: a write to every page
 

@@ -1,10 +1,9 @@
 """Host memory for rows, made in the background and used by one session after another.
 
-Large regions are managed memory, which gathers faster (managed.py), small ones are registered, which
-is made faster. Pinning costs 0.13 s/GiB, so a region whose session is gone is kept for the next one that
-it is large enough for. Regions are made in the order in which they are asked for: pages are
-populated by all cores while the region before is registered, which is one thread's work
-under a lock of the driver.
+For a GPU it is managed memory (managed.py), or where there is none registered memory. Making it costs
+0.13 to 0.25 s/GiB, so a region whose session is gone is kept for the next one that it is large enough for.
+Regions are made in the order in which they are asked for: pages are populated by all cores
+while the region before is registered, which is one thread's work under a lock of the driver.
 """
 
 import time
@@ -18,9 +17,6 @@ import torch
 
 from .managed import managed_pages
 from .pinned import mapped, populate, register
-
-# Registered regions gather as fast while they are 16 GiB in all; 32 layers have that at this size of one.
-MANAGED_BYTES = 512 << 20
 
 
 @dataclass(eq=False)
@@ -114,7 +110,7 @@ class RowMemory:
         """Pages with memory behind them, and whether the GPU maps them already."""
         freed.clear()
         began = time.perf_counter()
-        pages = managed_pages(nbytes, self.gpu) if self.gpu and nbytes >= MANAGED_BYTES else None
+        pages = managed_pages(nbytes, self.gpu) if self.gpu else None
         managed = pages is not None
         if pages is None:
             pages = mapped(nbytes)

@@ -64,7 +64,7 @@ class Audit:
         assert isinstance(cache, LayerCache)
         missed, exact = [], torch.empty_like(out, dtype=torch.float32)
         for b, length in enumerate(cache.state.lengths.tolist()):
-            rows = cache.host.rows[b, :, :length]
+            rows = cache.host.link_rows[b, :, :length]
             exact[b], logits, lse = dense_attention(
                 query[b], rows, call.scale, call.softcap, call.sink_logits
             )

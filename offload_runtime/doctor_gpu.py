@@ -6,6 +6,7 @@ import pynvml
 import torch
 
 from .cache.pinned import pinned_empty
+from .cache.row_memory import RowMemory
 from .finding import Finding
 from .kernels.gather import gather_rows
 
@@ -92,7 +93,8 @@ def judge(name: str, rate: float, nominal: float | None) -> Finding:
 
 def gather_rate() -> float:
     """Bytes a second of ascending random rows brought by the runtime's own gather kernel."""
-    rows = pinned_empty((1, 1, REGION_ROWS, ROW_ELEMENTS), torch.bfloat16)
+    memory = RowMemory(torch.device("cuda", torch.cuda.current_device()))
+    rows = memory.take((1, 1, REGION_ROWS, ROW_ELEMENTS), torch.bfloat16).result()
     tokens = torch.randperm(REGION_ROWS)[:GATHER_ROWS].sort().values.int()
     places = torch.arange(GATHER_ROWS, dtype=torch.int32)
     tokens_gpu, places_gpu = (part.cuda()[None, None] for part in (tokens, places))  # [1, 1, rows]

@@ -137,7 +137,7 @@ class PrefillRun:
     def _offload(self, cache: LayerCache, call: AttentionCall, span: slice) -> None:
         cache.labels.write(call.key, cache.maps, self.places[span.start, :1], self.sequence)
         began = time.perf_counter()
-        host = cache.host.rows  # may still be in the making
+        host = cache.host.link_rows  # may still be in the making
         self.pinned_wait_s += time.perf_counter() - began
         self.writer.write(self.rows[:, span], host[self.sequence, :, span], span.start)
 
@@ -147,7 +147,7 @@ class PrefillRun:
         if isinstance(cache, WindowCache):
             cache.restore(self.sequence, self.rows[:, : self.kept])
             return
-        kept = cache.host.rows[self.sequence, :, : self.kept]
+        kept = cache.host.link_rows[self.sequence, :, : self.kept]
         # Head by head: each [kept, row] is contiguous, so pinned rows go straight to the copy engine. As
         # one strided copy PyTorch would first gather them in pageable memory.
         for source, target in zip(kept, self.rows[:, : self.kept], strict=True):

@@ -257,7 +257,7 @@ class Session:
             mine.ring.copy_(theirs.ring)
             return
         for index, ids in enumerate(cached_ids):
-            mine.load(index, theirs.host.rows[index, :, : len(ids)])
+            mine.load(index, theirs.host.link_rows[index, :, : len(ids)])
 
 
 def shared_prefix(cached: torch.Tensor, prompt: torch.Tensor) -> int:

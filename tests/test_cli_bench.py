@@ -11,7 +11,6 @@ from typer.testing import CliRunner, Result
 from offload_runtime.adapter import ModelAdapter
 from offload_runtime.bench import baselines, compare
 from offload_runtime.bench.driven import DrivenSession
-from offload_runtime.bench.host_store import HostStore
 from offload_runtime.bench.report import Report
 from offload_runtime.bench.request import make_request
 from offload_runtime.bench.shapes import random_model
@@ -95,14 +94,14 @@ def test_driven_selections_overlap_as_asked(adapter: ModelAdapter) -> None:
 
 
 def test_streaming_reads_every_layer_once(adapter: ModelAdapter) -> None:
-    """Its attention equals dense attention over the store's rows, also across steps."""
-    store = HostStore(8, 2 * 256 * 256, torch.float32, torch.device("cpu"))
-    streaming = baselines.Streaming(adapter, 256, 1, store)
+    """Its attention equals dense attention over the host rows, also across steps."""
+    host = [torch.randn(1, 2, 256, 256) for _ in range(8)]
+    streaming = baselines.Streaming(host, torch.device("cpu"))
     streaming.fetch(0)
     for layer in [*range(8), *range(8)]:
         part = torch.randn(1, 4, 1, 128), torch.randn(1, 2, 1, 128), torch.randn(1, 2, 1, 128)
         call = baselines.AttentionCall(*part, 0.1)
-        rows = store.view(layer, (1, 2, 256, 256)).clone()
+        rows = host[layer].clone()
         baselines.append(call, rows)
         torch.testing.assert_close(streaming.attend(layer, call), baselines.flash_decode(call, rows))
 

@@ -52,7 +52,7 @@ class LayerWatch:
     ) -> None:
         """query [1, Hq, D]; more: softcap and sink logits as attend() gets them."""
         length = int(cache.state.lengths[0])
-        rows = cache.host.rows[0, :, :length]
+        rows = cache.host.link_rows[0, :, :length]
         _, logits, lse = dense_attention(query[0], rows, scale, *more)
         mass = (logits - lse[:, None]).exp().unflatten(0, (rows.shape[0], -1)).mean(1)  # [Hkv, T]
         used, counts = attended(cache, selection, 0, length), selection.counts[0]  # counts [Hkv]
