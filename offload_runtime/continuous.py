@@ -20,6 +20,7 @@ import torch
 
 from .choosing import Chooser
 from .errors import UserError
+from .pace import Pace
 from .prefetch.lanes import Fetched, Lanes
 from .session import Session
 from .stats import collect
@@ -44,6 +45,11 @@ class Running:
     first: float = 0.0
     tokens: list[int] = field(default_factory=list)
     ids: torch.Tensor | None = None
+
+    @property
+    def left(self) -> int:
+        """New tokens to come, if no end token comes before."""
+        return self.limit - len(self.tokens)
 
     def add(self, token: int) -> str | None:
         """Take a token; "stop" or "length" when it was the last."""
@@ -81,7 +87,7 @@ def ignore_stage(stage: str, done: int, total: int) -> None:
 
 
 class ContinuousBatch:
-    """The places of one session. overlap: decode on while a newcomer prefills.
+    """The places of one session. overlap: decode on while a newcomer prefills, at the pace of pace.py.
 
     Without a GPU or a CUDA graph the two take turns, chunk by step.
     """
@@ -96,7 +102,7 @@ class ContinuousBatch:
                 "use 1 place"
             )
         self.session, self.overlap, self.limit_ahead = session, overlap, ahead
-        self.lanes = Lanes(session.adapter.device)
+        self.lanes, self.pace = Lanes(session.adapter.device), Pace(places)
         self.running: dict[int, Running] = {}
         self.finished: list[Finished] = []
         self.pending: Step | None = None
@@ -145,6 +151,7 @@ class ContinuousBatch:
         if rotary is not None:
             rotary.choose(need)
         run = Running(key, prompt, max_new_tokens, chooser, on_stage, started)
+        self.pace.begin(len(prompt), max_new_tokens, [other.left for other in self.running.values()])
         self.lanes.follow_caller()
         with self.lanes.decoding():
             self.session.clear_place(place)
@@ -161,27 +168,35 @@ class ContinuousBatch:
 
         def progress(done: int, total: int) -> None:
             on_stage("prefill", done, total)
+            self.pace.share = done / total
             self.lanes.mark()
             self._decode_until(self.limit_ahead)
 
         return progress
 
     def _decode_until(self, ahead: int) -> None:
-        """Decode the others until the GPU is no more than `ahead` chunks behind; on a CPU one step.
+        """Take the steps that are due until the GPU is no more than `ahead` chunks behind; on a CPU one.
 
         A step stays in flight on return: it runs while the next chunk is launched.
         """
         if not self.lanes.on_gpu:
-            if self.overlap and self.running and self.failure is None:
+            if self._step_due:
+                self.pace.taken += 1
                 self._try(self.step)
             return
-        while self.overlap and self.running and self.failure is None:
+        while self.pending is not None or self._step_due:
             if self.pending is None:
+                self.pace.taken += 1
                 self._try(self._launch)
             elif self.pending.tokens.here() or self.lanes.ahead() > ahead:
                 self._try(self._collect)
             else:
                 return
+        self.lanes.wait(ahead)
+
+    @property
+    def _step_due(self) -> bool:
+        return self.overlap and bool(self.running) and self.failure is None and self.pace.due
 
     def _try(self, part: Callable[[], None]) -> None:
         try:
@@ -245,6 +260,7 @@ class ContinuousBatch:
 
     def _finish(self, place: int, reason: str) -> None:
         run, session = self.running[place], self.session
+        self.pace.ended(len(run.tokens), run.limit)
         now, steps = time.perf_counter(), len(run.tokens) - 1
         prefetcher = session.prefetcher
         moved = collect(session.caches, prefetcher.predicted_layers, prefetcher.attend_predicted, place)

@@ -92,6 +92,11 @@ class Lanes:
             self.marks.popleft()
         return len(self.marks)
 
+    def wait(self, ahead: int) -> None:
+        """Hold the host until the GPU has no more than `ahead` marks before it."""
+        while self.ahead() > ahead:
+            self.marks[-1 - ahead].synchronize()
+
     def meet(self) -> None:
         """Order the decode steps to come after the prefill, its copies to host memory included."""
         if self.on_gpu:
