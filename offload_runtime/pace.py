@@ -24,7 +24,7 @@ class Pace:
     share: float = 0.0  # of that prefill, launched
 
     def begin(self, prompt: int, answer: int, left: Iterable[int]) -> None:
-        """A prompt of so many tokens joins, with so many to come; left: those to come of the others at work."""
+        """A prompt of so many tokens joins, with so many to come; left: those to come of the others."""
         self.prompts, self.answers = self.prompts + prompt, self.answers + answer
         self.taken, self.share = 0, 0.0
         others = list(left)

@@ -1,4 +1,4 @@
-"""Managed memory for rows: what the driver is asked for, what happens without it, and that both sides see it."""
+"""Managed memory for rows: what the driver is asked for, machines without it, and that both sides see it."""
 
 import ctypes
 import gc
