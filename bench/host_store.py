@@ -4,6 +4,7 @@ from concurrent.futures import Future
 
 import torch
 
+from offload_runtime.cache.managed import gpu_alias
 from offload_runtime.cache.row_memory import RowMemory
 
 PIECE_BYTES = 256 << 20  # of random rows that are made at a time
@@ -23,7 +24,7 @@ class HostStore:
         piece = min(PIECE_BYTES // dtype.itemsize, elements_a_layer)
         rows = torch.randn(piece, device=device, dtype=dtype)
         for region in self.regions:
-            for part in region.split(piece):
+            for part in gpu_alias(region, device).split(piece):
                 part.copy_(rows[: len(part)], non_blocking=on_gpu)
         if on_gpu:
             torch.cuda.synchronize()

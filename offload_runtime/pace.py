@@ -11,6 +11,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+# Prompts are not of one length: at this much more than the mean pace nearly no prefill had to wait for a
+# place, in a simulation of 24 documents of 32K to 128K tokens in six (3.6 % of the time at the mean pace).
+SLACK = 1.25
+
 
 @dataclass
 class Pace:
@@ -29,7 +33,7 @@ class Pace:
         self.taken, self.share = 0, 0.0
         others = list(left)
         # Each sequence decodes while the other places are filled with prompts of the mean length.
-        self.steps = self.answers / self.prompts * prompt / max(self.places - 1, 1)
+        self.steps = SLACK * self.answers / self.prompts * prompt / max(self.places - 1, 1)
         if others and len(others) == self.places - 1:
             self.steps = max(self.steps, min(others))
 

@@ -58,17 +58,19 @@ def test_address_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_next_call_works_after_rows_had_no_room(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     runtime, ids = offloaded(random_llama(device=device)), random_ids(90, device=device)
     expected = runtime.generate(ids, max_new_tokens=3, do_sample=False)
-    mapped = row_memory.mapped
+    mapped, managed_pages = row_memory.mapped, row_memory.managed_pages
 
-    def no_room(_: int) -> None:
+    def no_room(*_: object) -> None:
         raise MemoryError("CUDA cannot pin 1.07 GB of host memory")
 
     runtime.close()
     monkeypatch.setattr(row_memory, "mapped", no_room)
+    monkeypatch.setattr(row_memory, "managed_pages", no_room)
     with pytest.raises(MemoryError, match="cannot pin"):
         runtime.generate(ids, max_new_tokens=3, do_sample=False)
     assert runtime._session is None
     monkeypatch.setattr(row_memory, "mapped", mapped)
+    monkeypatch.setattr(row_memory, "managed_pages", managed_pages)
     assert torch.equal(runtime.generate(ids, max_new_tokens=3, do_sample=False), expected)
 
 
