@@ -2,15 +2,14 @@
 
     python -m bench.continuous --out bench/results/continuous.json
 
-Weights are random (the Llama-3.1-8B shape), so answers mean nothing and every
-document gets exactly --new-tokens. "1" decodes each document after its prefill,
-"5" fills five places and decodes while newcomers prefill, "5:no-overlap" decodes
-between prefills only. "5:x2" goes through the documents twice: one at a time, twice as
-many take twice as long, while several places fill and empty once a job; from three rounds on
-"steady_gain" compares the rounds between the first and the last. All use caches
-pinned once, whose time is given apart. Every document and every run is written as soon
-as it is known; a run that fails is recorded and the next one goes on. On an H100 the
-defaults take about three minutes.
+Weights are random (the Llama-3.1-8B shape), so answers mean nothing and every document gets exactly
+--new-tokens. "1" decodes each document after its prefill, "5" fills five places and decodes while
+newcomers prefill, "5:no-overlap" decodes between prefills only, "9:sized" gives places the sizes that
+the documents need. "5:x2" goes through the documents twice: one at a time, twice as many take
+twice as long, while several places fill and empty once a job; from three rounds on "steady_gain"
+compares the rounds between the first and the last. All use caches whose memory is made once, and
+whose time is given apart. Every document and every run is written as soon as it is known; a run that
+fails is recorded and the next one goes on. On an H100 the defaults take about three minutes.
 """
 
 import argparse
@@ -29,6 +28,7 @@ from offload_runtime.bench.machine import machine
 from offload_runtime.bench.shapes import random_model
 from offload_runtime.choosing import Chooser
 from offload_runtime.continuous import ContinuousBatch
+from offload_runtime.places import place_sizes
 
 # Mixed lengths from 32K to 128K tokens, in no order.
 LENGTHS = (65_536, 130_048, 32_768, 98_304, 49_152, 81_920)
@@ -52,18 +52,23 @@ class Run:
         self.name, self.model = name, model
         count, *how = name.split(":")
         self.places, self.overlap, self.ahead = int(count), "no-overlap" not in how, ahead
+        self.sized = "sized" in how
         self.rounds = next((int(part[1:]) for part in how if part.startswith("x")), 1)
         self.line: dict[str, Any] = {"places": self.places, "overlap": self.overlap, "documents": []}
 
     def work(self, prompts: list[torch.Tensor], new_tokens: int, save: Any) -> None:
         """Open the caches, then time the documents from the first one's start to the last one's end."""
         started = time.perf_counter()
-        longest = max(len(prompt) for prompt in prompts) + new_tokens
-        batch = self.model.continuous(self.places, longest, overlap=self.overlap)
+        needs = [len(prompt) + new_tokens for prompt in prompts]
+        sizes = tuple(min(max(needs), size) for size in place_sizes(needs, self.places))
+        batch = self.model.continuous(
+            self.places, max(needs), overlap=self.overlap, place_tokens=sizes if self.sized else ()
+        )
         batch.limit_ahead = self.ahead
         for cache in batch.session.offloaded.values():
             _ = cache.host.rows  # pinned in the background; waited for here
         layout = batch.session.layout
+        self.line["place_tokens"] = layout.place_tokens or [layout.capacity] * self.places
         self.line["pinned_gb"] = round(layout.layers * layout.host_bytes / 1e9, 2)
         self.line["open_s"] = round(time.perf_counter() - started, 2)
         save()
@@ -75,8 +80,8 @@ class Run:
         chooser = Chooser(LogitsProcessorList(), False, frozenset())
         started, waiting, prefill_s = time.perf_counter(), list(enumerate(prompts * self.rounds)), 0.0
         while waiting or batch.running:
-            place = batch.free_place
-            if waiting and place is not None:
+            place = batch.place_for(len(waiting[0][1]) + new_tokens) if waiting else None
+            if place is not None:
                 index, prompt = waiting.pop(0)
                 began = time.perf_counter()
                 batch.join(place, prompt, new_tokens, chooser, index)
@@ -140,7 +145,9 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-3.1-8b", help="as in bench/shapes.py, or toy (CPU)")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--new-tokens", type=int, default=512)
-    parser.add_argument("--settings", nargs="+", default=["1", "5:x2"], help="places[:no-overlap][:xROUNDS]")
+    parser.add_argument(
+        "--settings", nargs="+", default=["1", "5:x2"], help="places[:sized][:no-overlap][:xN]"
+    )
     parser.add_argument("--budget", default="2048")
     parser.add_argument("--slots", type=int, help="rows kept on the GPU per layer and KV head (2 x budget)")
     parser.add_argument("--prefetch", default="correct")

@@ -5,6 +5,7 @@ from concurrent.futures import Future
 import torch
 
 from offload_runtime.cache.managed import gpu_alias
+from offload_runtime.cache.pinned import Spans
 from offload_runtime.cache.row_memory import RowMemory
 
 PIECE_BYTES = 256 << 20  # of random rows that are made at a time
@@ -44,7 +45,9 @@ class HandedOut:
     def __init__(self, store: HostStore, shape: tuple[int, ...]) -> None:
         self.views = iter([store.view(layer, shape) for layer in range(len(store.regions))])
 
-    def take(self, _shape: tuple[int, ...], _dtype: torch.dtype) -> "Future[torch.Tensor]":
+    def take(
+        self, _shape: tuple[int, ...], _dtype: torch.dtype, _spans: Spans = ()
+    ) -> "Future[torch.Tensor]":
         """As RowMemory's: a future that holds the next region."""
         ready: Future[torch.Tensor] = Future()
         ready.set_result(next(self.views))

@@ -13,12 +13,15 @@ import torch
 
 from .layout import KVLayout
 from .managed import gpu_alias
+from .pinned import Spans
 
 
 class Lender(Protocol):
     """Who has host memory to lend, as RowMemory."""
 
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> "Future[torch.Tensor]": ...
+    def take(
+        self, shape: tuple[int, ...], dtype: torch.dtype, spans: Spans = ()
+    ) -> "Future[torch.Tensor]": ...
 
 
 class HostRows:
@@ -32,7 +35,7 @@ class HostRows:
         self.shape = (layout.batch, layout.kv_heads, layout.capacity, layout.row_elements)
         self._pending: Future[torch.Tensor] = Future()
         if place.type == "cpu":
-            self._pending = memory.take(self.shape, layout.dtype)
+            self._pending = memory.take(self.shape, layout.dtype, head_spans(layout))
         else:
             self._pending.set_result(torch.empty(self.shape, dtype=layout.dtype, device=place))
 
@@ -45,3 +48,13 @@ class HostRows:
     def link_rows(self) -> torch.Tensor:
         """`rows` as copies to and from the GPU should name them."""
         return gpu_alias(self.rows, self.device)
+
+
+def head_spans(layout: KVLayout) -> Spans:
+    """What of [B, Hkv, capacity, row] needs memory: the front of every head's rows; (): everything."""
+    head_bytes = layout.capacity * layout.row_bytes
+    return tuple(
+        ((sequence * layout.kv_heads + head) * head_bytes, tokens * layout.row_bytes)
+        for sequence, tokens in enumerate(layout.place_tokens)
+        for head in range(layout.kv_heads)
+    )

@@ -12,6 +12,7 @@ import torch
 
 SCALE_PAIR_BYTES = 4  # float16 scale and offset of one token's label
 INT32_BYTES = 4
+HOST_PAGE_BYTES = 2 << 20  # of managed memory: a head's rows may end in the middle of one
 SCORE_BYTES = 4  # float32
 
 
@@ -33,6 +34,7 @@ class KVLayout:
     label_bits: int
     dtype: torch.dtype
     windows: tuple[int, ...] = ()  # tokens of each sliding layer's ring; `layers` are the offloaded ones
+    place_tokens: tuple[int, ...] = ()  # of each sequence that have host memory; empty: capacity each
 
     @property
     def row_elements(self) -> int:
@@ -55,8 +57,10 @@ class KVLayout:
 
     @property
     def host_bytes(self) -> int:
-        """Pinned bytes of one layer's rows [B, Hkv, capacity, row]."""
-        return self.heads * self.capacity * self.row_bytes
+        """Pinned bytes of one layer's rows [B, Hkv, capacity, row], as far as they have memory."""
+        if not self.place_tokens:
+            return self.heads * self.capacity * self.row_bytes
+        return self.kv_heads * sum(n * self.row_bytes + HOST_PAGE_BYTES for n in self.place_tokens)
 
     @property
     def label_bytes(self) -> int:

@@ -16,29 +16,36 @@ import numpy as np
 import torch
 
 from .cuda_driver import driver_bindings, enter_context, result
-from .pinned import populate
+from .pinned import Spans, populate
 
 log = logging.getLogger(__name__)
 
 
-def managed_pages(size: int, device: torch.device) -> np.ndarray | None:
-    """[size] uint8 with memory behind every page, mapped by the GPU; None where it cannot be had.
+def managed_pages(size: int, device: torch.device, spans: Spans = ()) -> np.ndarray | None:
+    """[size] uint8 with memory behind the spans, mapped by the GPU; None where it cannot be had.
 
     Needs cuda.bindings and a GPU that shares managed memory with the host while both use it
     (Linux). MemoryError when the host has no room.
     """
     driver = driver_bindings()
-    if driver is None:
-        log.info("no cuda.bindings: rows go to registered memory")
-        return None
-    enter_context(driver, device)
-    shared = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS
-    if not result(driver.cuDeviceGetAttribute(shared, device.index or 0)):
-        log.info("this GPU does not share managed memory: rows go to registered memory")
+    if driver is None or not shares_memory(driver, device):
+        log.info("no managed memory here: rows go to registered memory")
         return None
     pages = allocate(driver, size, device)
-    populate(pages)
+    populate(pages, spans)
     return pages
+
+
+def managed_available(device: torch.device) -> bool:
+    """Whether managed_pages gives memory for this device, and so for parts of a region alone."""
+    driver = driver_bindings() if device.type == "cuda" else None
+    return driver is not None and shares_memory(driver, device)
+
+
+def shares_memory(driver: Any, device: torch.device) -> bool:
+    enter_context(driver, device)
+    shared = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS
+    return bool(result(driver.cuDeviceGetAttribute(shared, device.index or 0)))
 
 
 def allocate(driver: Any, size: int, device: torch.device) -> np.ndarray:

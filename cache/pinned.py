@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 PAGE_BYTES = 4096
+Spans = tuple[tuple[int, int], ...]  # (first byte, bytes) of the parts of a region that need memory; (): all
 PIECE_BYTES = 16 << 20  # one call of one thread: eight pages of 2 MiB, large against a call
 MADV_POPULATE_WRITE = 23  # linux/mman.h, since Linux 5.14; Python's mmap does not name it
 
@@ -45,13 +46,13 @@ def mapped(size: int) -> np.ndarray:
     return np.frombuffer(region, dtype=np.uint8)
 
 
-def populate(pages: np.ndarray) -> None:
-    """Put memory behind every page, in parallel; one core is left to whoever launches kernels."""
+def populate(pages: np.ndarray, spans: Spans = ()) -> None:
+    """Put memory behind every page of the spans, in parallel; one core is left to who launches kernels."""
     madvise = ctypes.CDLL(None, use_errno=True).madvise  # mmap.madvise would hold the interpreter's lock
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
-    def fill(start: int) -> None:
-        size = min(PIECE_BYTES, pages.nbytes - start)
+    def fill(piece: tuple[int, int]) -> None:
+        start, size = piece
         if madvise(pages.ctypes.data + start, size, MADV_POPULATE_WRITE) == 0:
             return
         if ctypes.get_errno() in (ENOMEM, EFAULT):
@@ -59,7 +60,16 @@ def populate(pages: np.ndarray) -> None:
         pages[start : start + size : PAGE_BYTES] = 0  # an older kernel: a write to every page
 
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1)) as pool:
-        list(pool.map(fill, range(0, pages.nbytes, PIECE_BYTES)))
+        list(pool.map(fill, pieces(spans or ((0, pages.nbytes),))))
+
+
+def pieces(spans: Spans) -> list[tuple[int, int]]:
+    """(first byte, bytes) of what threads fill one by one, beginning at a page."""
+    found = []
+    for first, size in spans:
+        start, end = first - first % PAGE_BYTES, first + size
+        found += [(at, min(PIECE_BYTES, end - at)) for at in range(start, end, PIECE_BYTES)]
+    return found
 
 
 def register(pages: np.ndarray) -> None:

@@ -16,20 +16,32 @@ import numpy as np
 import torch
 
 from .managed import managed_pages
-from .pinned import mapped, populate, register
+from .pinned import Spans, mapped, populate, register
 
 
 @dataclass(eq=False)
 class Region:
-    """One stretch of host memory. lease: None if it was never lent, or what returns None once it is back."""
+    """One stretch of host memory. lease: None if it was never lent, or what returns None once it is back.
+
+    spans: the parts that have memory behind them; (): all.
+    """
 
     nbytes: int
     pages: "Future[np.ndarray]"
+    spans: Spans = ()
     lease: Callable[[], object] | None = None
 
     @property
     def idle(self) -> bool:
         return self.lease is None or self.lease() is None
+
+    @property
+    def filled_bytes(self) -> int:
+        return sum(size for _, size in self.spans) if self.spans else self.nbytes
+
+    def serves(self, nbytes: int, spans: Spans) -> bool:
+        """Whether it is free for a use of so many bytes that needs memory in these parts."""
+        return self.idle and self.nbytes >= nbytes and self.spans in ((), spans)
 
 
 @dataclass
@@ -48,21 +60,22 @@ class RowMemory:
         self._populating = ThreadPoolExecutor(1, thread_name_prefix="row-pages")
         self._registering = ThreadPoolExecutor(1, thread_name_prefix="row-pins")
 
-    def prepare(self, count: int, nbytes: int) -> None:
+    def prepare(self, count: int, nbytes: int, spans: Spans = ()) -> None:
         """Begin to make what `count` calls of take() for nbytes each will need."""
-        missing = count - sum(region.idle and region.nbytes >= nbytes for region in self.regions)
+        missing = count - sum(region.serves(nbytes, spans) for region in self.regions)
         for _ in range(missing):
-            self._make(nbytes)
+            self._make(nbytes, spans)
 
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> "Future[torch.Tensor]":
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, spans: Spans = ()) -> "Future[torch.Tensor]":
         """A tensor of its own region, uninitialised; the region is idle again when no tensor uses it.
 
-        The future raises MemoryError if the host had no room.
+        spans: the bytes that will be used, by default all; where the GPU has no managed memory all of it is
+        made. The future raises MemoryError if the host had no room.
         """
         elements = torch.Size(shape).numel()
         nbytes = max(elements * dtype.itemsize, 1)
-        fitting = [region for region in self.regions if region.idle and region.nbytes >= nbytes]
-        region = min(fitting, key=lambda each: each.nbytes) if fitting else self._make(nbytes)
+        fitting = [region for region in self.regions if region.serves(nbytes, spans)]
+        region = min(fitting, key=lambda each: each.nbytes) if fitting else self._make(nbytes, spans)
         out: Future[torch.Tensor] = Future()
         waiting = [out]  # emptied below: a future keeps its callbacks, which must not keep the tensor
         region.lease = lambda: waiting
@@ -84,19 +97,19 @@ class RowMemory:
     @property
     def idle_bytes(self) -> int:
         """Bytes that a new session may use, or that are freed for it."""
-        return sum(region.nbytes for region in self.regions if region.idle and region.pages.done())
+        return sum(region.filled_bytes for region in self.regions if region.idle and region.pages.done())
 
     def free(self) -> None:
         """Give idle regions back to the system."""
         self.regions = [region for region in self.regions if not region.idle]
 
-    def _make(self, nbytes: int) -> Region:
-        """A new region; idle ones that are too small for it are freed first."""
-        small = [region for region in self.regions if region.idle and region.nbytes < nbytes]
-        self.regions = [region for region in self.regions if region not in small]
+    def _make(self, nbytes: int, spans: Spans) -> Region:
+        """A new region; idle ones that cannot serve are freed first."""
+        unfit = [region for region in self.regions if region.idle and not region.serves(nbytes, spans)]
+        self.regions = [region for region in self.regions if region not in unfit]
         # Freed by the thread that maps, before it does: unlocking takes time too.
-        pages = self._populating.submit(self._populated, nbytes, small)
-        region = Region(nbytes, self._registering.submit(self._registered, pages))
+        pages = self._populating.submit(self._populated, nbytes, spans, unfit)
+        region = Region(nbytes, self._registering.submit(self._registered, pages), spans)
         self.regions.append(region)
 
         def forget_failed(made: "Future[np.ndarray]") -> None:
@@ -106,11 +119,11 @@ class RowMemory:
         region.pages.add_done_callback(forget_failed)
         return region
 
-    def _populated(self, nbytes: int, freed: list[Region]) -> tuple[np.ndarray, bool]:
+    def _populated(self, nbytes: int, spans: Spans, freed: list[Region]) -> tuple[np.ndarray, bool]:
         """Pages with memory behind them, and whether the GPU maps them already."""
         freed.clear()
         began = time.perf_counter()
-        pages = managed_pages(nbytes, self.gpu) if self.gpu else None
+        pages = managed_pages(nbytes, self.gpu, spans) if self.gpu else None
         managed = pages is not None
         if pages is None:
             pages = mapped(nbytes)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .architectures import has_length_rotary
+from .cache.managed import managed_available
 from .calibration_file import own_calibration
 from .cli_exits import RUN_ERROR, warn
 from .cli_generate import check_file
@@ -23,7 +24,7 @@ from .config import RuntimeConfig, make_config
 from .devices import choose_device
 from .errors import UserError
 from .jobs import Job, JobRun, LogLines, Summary, Watcher, load_template
-from .jobs.documents import FileSource
+from .jobs.documents import FileSource, Source
 from .jobs.job import parse_shard
 from .jobs.metrics import Metrics
 from .jobs.model_answers import ModelAnswerer
@@ -33,8 +34,8 @@ from .jobs.rich_progress import JobBars
 from .loading import load_tokenizer
 from .model_check import ModelShape, check_config, check_label_channels, position_warning
 from .model_source import WEIGHT_FORMS, ModelSource
-from .places import Work, choose_places
-from .planner import require
+from .places import Work, choose_places, place_sizes
+from .planner import Plan, require
 from .speed import Traffic
 
 AUTO = "auto"
@@ -85,8 +86,8 @@ def run_batch(request: BatchRequest) -> None:
             loader = partial(load, request, config, chat, places, config.ctx)
             run_on_ray(run, loader, request.ray_actors, watchers, places)
         elif run.left:
-            places = places_for(request, run, config, model_config)
-            model = load(request, config, chat, places, longest(run, job))
+            sizes = places_for(request, run, config, model_config)
+            model = load(request, config, chat, len(sizes), max(bounds_of(run, job)), sizes)
             try:
                 run.run(model, watchers)
             finally:
@@ -148,23 +149,32 @@ def make_job(request: BatchRequest, config: RuntimeConfig, chat: bool) -> Job:
     )
 
 
-def places_for(request: BatchRequest, run: JobRun, config: RuntimeConfig, model_config: Any) -> int:
-    """How many documents to decode together. RunError when so many of the longest do not fit."""
+def places_for(
+    request: BatchRequest, run: JobRun, config: RuntimeConfig, model_config: Any
+) -> tuple[int, ...]:
+    """Tokens of each place, as many as documents are to decode together. RunError when so many do not fit."""
     place = choose_device(request.source.device)
-    tokens, source = longest(run, run.job), request.source
-    planned = partial(plan_of, source, config, model_config, place, tokens, continuous=True)
+    bounds, source = bounds_of(run, run.job), request.source
+    longest, apart = max(bounds), managed_available(place)
+
+    def sizes(count: int) -> tuple[int, ...]:
+        return tuple(min(longest, n) for n in place_sizes(bounds, count)) if apart else (longest,) * count
+
+    def planned(count: int) -> Plan:
+        return plan_of(
+            source, config, model_config, place, longest, count, continuous=True, place_tokens=sizes(count)
+        )
+
     if request.places != AUTO:
         count = parse_places(request.places)
         require(planned(count))
-        return count
-    single = planned(1)
-    require(single)
-    if place.type == "cpu" or calibration_digest(source, config) is None:
-        return 1
-    if has_length_rotary(model_config):
-        return 1
-    job = Work(len(run.left), run.job.max_new_tokens, Traffic(config.prefetch, config.new_rows))
-    return choose_places(planned, weights_of(source, model_config), job)
+        return sizes(count)
+    require(planned(1))
+    alone = place.type == "cpu" or calibration_digest(source, config) is None
+    if alone or has_length_rotary(model_config):
+        return sizes(1)
+    job = Work(bounds, run.job.max_new_tokens, Traffic(config.prefetch, config.new_rows))
+    return sizes(choose_places(planned, weights_of(source, model_config), job))
 
 
 def parse_places(text: str) -> int:
@@ -173,20 +183,18 @@ def parse_places(text: str) -> int:
     raise UserError(f"--places is {text!r}; give a number of documents, or auto")
 
 
-def longest(run: JobRun, job: Job) -> int:
-    """An upper bound on the tokens of a sequence: no tokenizer makes more tokens than bytes.
+def bounds_of(run: JobRun, job: Job) -> list[int]:
+    """An upper bound on the tokens of each document's sequence: no tokenizer makes more tokens than bytes.
 
     Of the whole input, so that a job that goes on has the caches that it had.
     """
-    compressed = [
-        source
-        for source in run.sources
-        if isinstance(source, FileSource) and source.path.suffix.lower() in COMPRESSED
-    ]
-    if compressed:
-        return job.ctx
-    prompt = len(job.template.text.encode()) + PROMPT_SLACK
-    return min(job.ctx, max(source.size for source in run.sources) + prompt + job.max_new_tokens)
+    more = len(job.template.text.encode()) + PROMPT_SLACK + job.max_new_tokens
+
+    def bound(source: Source) -> int:
+        compressed = isinstance(source, FileSource) and source.path.suffix.lower() in COMPRESSED
+        return job.ctx if compressed else min(job.ctx, source.size + more)
+
+    return [bound(source) for source in run.sources]
 
 
 def calibration_digest(source: ModelSource, config: RuntimeConfig) -> str | None:
@@ -196,12 +204,19 @@ def calibration_digest(source: ModelSource, config: RuntimeConfig) -> str | None
     return None if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def load(request: BatchRequest, config: RuntimeConfig, chat: bool, places: int, tokens: int) -> ModelAnswerer:
+def load(
+    request: BatchRequest,
+    config: RuntimeConfig,
+    chat: bool,
+    places: int,
+    tokens: int,
+    place_tokens: tuple[int, ...] = (),
+) -> ModelAnswerer:
     """The model, ready to answer."""
     source = request.source
     quiet_unless_terminal()
     model = load_offloaded(source, vars(config))
-    return ModelAnswerer(model, chat, request.sampling, places, tokens)
+    return ModelAnswerer(model, chat, request.sampling, places, tokens, place_tokens)
 
 
 @contextmanager

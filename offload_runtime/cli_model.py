@@ -49,9 +49,10 @@ def plan_of(
     tokens: int,
     batch: int = 1,
     continuous: bool = False,
+    place_tokens: tuple[int, ...] = (),
 ) -> Plan:
     """Check settings against the model, warn about its range, plan memory for `tokens`."""
-    return fitted_plan(source, config, model, place, tokens, batch, continuous)[1]
+    return fitted_plan(source, config, model, place, tokens, batch, continuous, place_tokens)[1]
 
 
 def fitted_plan(
@@ -62,6 +63,7 @@ def fitted_plan(
     tokens: int,
     batch: int = 1,
     continuous: bool = False,
+    place_tokens: tuple[int, ...] = (),
 ) -> tuple[RuntimeConfig, Plan]:
     """plan_of, and the config that the plan is for: with config.fit it is shrunk until it fits, saying so."""
     shape = check_config(model)
@@ -76,7 +78,7 @@ def fitted_plan(
     def plan(trial: RuntimeConfig) -> Plan:
         return make_plan(
             trial, model, free, place.type, tokens=tokens, batch=batch, dtype=dtype, weights=weights,
-            continuous=continuous,
+            continuous=continuous, place_tokens=place_tokens,
         )  # fmt: skip
 
     if config.fit:

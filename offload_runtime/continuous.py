@@ -120,11 +120,16 @@ class ContinuousBatch:
             while self.session.decoder.use_graph and self.session.decoder.graph is None:
                 self.session.step(self.token_ids)
 
-    @property
-    def free_place(self) -> int | None:
-        """The first empty place."""
+    def place_for(self, tokens: int) -> int | None:
+        """The smallest empty place that holds a sequence of so many tokens; None when there is none now."""
         places = range(self.session.layout.batch)
-        return next((place for place in places if place not in self.running), None)
+        fitting = [p for p in places if p not in self.running and self.room(p) >= tokens]
+        return min(fitting, key=self.room, default=None)
+
+    def room(self, place: int) -> int:
+        """Tokens that a place holds."""
+        layout = self.session.layout
+        return layout.place_tokens[place] if layout.place_tokens else layout.capacity
 
     @torch.no_grad()
     def join(
@@ -143,7 +148,7 @@ class ContinuousBatch:
         the newcomer's fault. UserError when the sequence is longer than a place.
         """
         assert place not in self.running
-        need, room = len(prompt) + max_new_tokens, self.session.layout.capacity
+        need, room = len(prompt) + max_new_tokens, self.room(place)
         if need > room:
             raise UserError(f"prompt and new tokens need {need} tokens and a place has {room}")
         started = time.perf_counter()

@@ -2,7 +2,8 @@
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from .adapter import ModelAdapter
 from .arguments import pad_left, refuse_unsupported
+from .cache.host_rows import head_spans
+from .cache.managed import managed_available
 from .cache.row_memory import RowMemory
 from .calibration import Calibration
 from .calibration_file import check_calibration, own_calibration, with_choice
@@ -198,25 +201,41 @@ class OffloadedModel:
         self._calibration_s = time.perf_counter() - began
         return calibration
 
-    def _plan(self, batch: int, capacity: int, continuous: bool = False) -> RuntimeConfig:
+    def _plan(
+        self, batch: int, capacity: int, continuous: bool = False, place_tokens: tuple[int, ...] = ()
+    ) -> RuntimeConfig:
         """The config of a session that fits; its rows' memory is in the making from here on."""
         free_unused(self.model.device, cycles=self._had_session)
         idle = self._memory.idle_bytes
         config, layout, self.fitted = plan_session(
-            self.config, self.adapter, batch, capacity, idle, continuous
+            self.config, self.adapter, batch, capacity, idle, continuous, place_tokens
         )
         for note in self.fitted:
             warnings.warn(note, stacklevel=2)
         if config.placement == "host":
-            self._memory.prepare(layout.layers, layout.host_bytes)
+            nbytes = layout.heads * layout.capacity * layout.row_bytes
+            self._memory.prepare(layout.layers, nbytes, head_spans(layout))
         return config
 
     def _new_session(
-        self, config: RuntimeConfig, calibration: Calibration, batch: int, capacity: int
+        self,
+        config: RuntimeConfig,
+        calibration: Calibration,
+        batch: int,
+        capacity: int,
+        place_tokens: tuple[int, ...] = (),
     ) -> Session:
         self._had_session = True
         try:
-            return Session(self.adapter, config, calibration, batch, capacity, memory=self._memory)
+            return Session(
+                self.adapter,
+                config,
+                calibration,
+                batch,
+                capacity,
+                memory=self._memory,
+                place_tokens=place_tokens,
+            )
         except torch.cuda.OutOfMemoryError as error:
             raise RunError(
                 f"the GPU has no room for the caches of {batch} x {capacity} tokens; "
@@ -224,14 +243,25 @@ class OffloadedModel:
             ) from error
 
     def continuous(
-        self, places: int, tokens: int, prompt: torch.Tensor | None = None, overlap: bool = True
+        self,
+        places: int,
+        tokens: int,
+        prompt: torch.Tensor | None = None,
+        overlap: bool = True,
+        place_tokens: Sequence[int] = (),
     ) -> ContinuousBatch:
         """A batch of `places` sequences of up to `tokens` tokens that come and go; see continuous.py.
 
-        A model without a calibration is calibrated on `prompt`, which only one place can be.
+        place_tokens: a place's own largest sequence, so that short ones need less host memory; on a GPU
+        without managed memory every place takes as much as the longest all the same. Several places
+        turn prefetch "correct" into "off": the tokens are the same, a batch waits for its rows behind
+        others' prefills anyway, and predicting takes a second selection from those. A model
+        without a calibration is calibrated on `prompt`, which only one place can be.
         It takes the place of generate's caches.
         """
-        capacity = self.config.capacity(tokens)
+        capacity, sizes = self.config.capacity(tokens), tuple(place_tokens)
+        if sizes and (len(sizes) != places or max(sizes) > tokens):
+            raise UserError(f"place_tokens are {sizes}; give {places} numbers of at most {tokens}")
         if self.calibration is None and (places > 1 or prompt is None):
             raise UserError(
                 "several places need a calibration, or answers would depend on which document "
@@ -239,9 +269,13 @@ class OffloadedModel:
             )
         no_prompt = torch.empty(0, dtype=torch.long)
         self._session = None
-        config = self._plan(places, capacity, continuous=True)
+        if self.model.device.type == "cuda" and not managed_available(self.model.device):
+            sizes = ()
+        config = self._plan(places, capacity, True, sizes)
+        if places > 1 and config.prefetch == "correct":
+            config = replace(config, prefetch="off")
         calibration = self.calibration_for(no_prompt if prompt is None else prompt, capacity)
-        return ContinuousBatch(self._new_session(config, calibration, places, capacity), overlap)
+        return ContinuousBatch(self._new_session(config, calibration, places, capacity, sizes), overlap)
 
     def save_cache(self, directory: str | Path) -> None:
         """Keep the cached tokens' rows and labels on disk, so that load_cache can go on from them.

@@ -72,11 +72,13 @@ def plan_session(
     capacity: int,
     idle_host_bytes: int = 0,
     continuous: bool = False,
+    place_tokens: tuple[int, ...] = (),
 ) -> tuple[RuntimeConfig, KVLayout, list[str]]:
     """A session's config, its placement and chunk decided, its layout, and what was shrunk.
 
     RunError if it does not fit. The model is loaded already, so its weights are part of what is
-    not free. idle_host_bytes: in use, but for this session to take or to free. continuous: as in make_plan.
+    not free. idle_host_bytes: in use, but for this session to take or to free. continuous and
+    place_tokens: as in make_plan.
     """
     free, loaded = measure(str(adapter.device)), loaded_weights(adapter.model)
     free = replace(free, host=free.host + idle_host_bytes)
@@ -85,7 +87,7 @@ def plan_session(
         return make_plan(
             trial, adapter.model.config, free, adapter.device.type,
             tokens=capacity, batch=batch, dtype=adapter.dtype, weights=loaded,
-            continuous=continuous,
+            continuous=continuous, place_tokens=place_tokens,
         )  # fmt: skip
 
     notes: list[str] = []

@@ -6,9 +6,17 @@ from .model_check import ModelShape
 
 
 def make_layout(
-    shape: ModelShape, config: RuntimeConfig, channels: int, batch: int, capacity: int
+    shape: ModelShape,
+    config: RuntimeConfig,
+    channels: int,
+    batch: int,
+    capacity: int,
+    place_tokens: tuple[int, ...] = (),
 ) -> KVLayout:
-    """channels: label channels of the calibration, before padding; capacity: tokens a sequence can hold."""
+    """channels: label channels of the calibration, before padding; capacity: tokens a sequence can hold.
+
+    place_tokens: of each sequence, how many of them get host memory; by default all.
+    """
     budget = config.budget_tokens(capacity)
     windows = tuple(window for window in biting(shape.windows, capacity) if window)
     return KVLayout(
@@ -26,4 +34,5 @@ def make_layout(
         label_bits=config.label_bits,
         dtype=shape.dtype,
         windows=windows,
+        place_tokens=place_tokens,
     )

@@ -154,10 +154,12 @@ def make_plan(
     dtype: torch.dtype | None = None,
     weights: Weights | None = None,
     continuous: bool = False,
+    place_tokens: tuple[int, ...] = (),
 ) -> Plan:
     """Plan `batch` sequences of `tokens` (default ctx) each on device "cuda" or "cpu".
 
-    continuous: they come and go one by one, so everybody's slots stay while one prefills.
+    place_tokens: host memory for so many tokens of each sequence only. continuous: they come and go one
+    by one, so everybody's slots stay while one prefills.
     dtype: default the checkpoint's on CUDA and float32 on CPU, as in loading.
     Raises UserError for a model or setting that cannot be decoded.
     """
@@ -168,7 +170,7 @@ def make_plan(
     tokens = config.ctx if tokens is None else tokens
 
     def needs_in(trial: RuntimeConfig, count: int, chunk: int, batch: int) -> Needs:
-        layout = layout_of(shape, trial, count, batch)
+        layout = layout_of(shape, trial, count, batch, place_tokens if batch == len(place_tokens) else ())
         on_host = needs_for(shape, layout, trial, count, chunk, weight_bytes, device, continuous, unpacked)
         on_gpu = replace(on_host, rows=on_host.pinned, pinned=0)
         if device == "cpu" or trial.placement == "host":
@@ -196,7 +198,7 @@ def make_plan(
         batch=batch,
         budget=config.budget_tokens(tokens),
         device=device,
-        layout=layout_of(shape, config, tokens, batch),
+        layout=layout_of(shape, config, tokens, batch, place_tokens),
         largest_batch=largest(lambda b: fits(config, tokens, b), 1, LARGEST_BATCH),
         shape=shape,
         needs=needs,
@@ -226,10 +228,16 @@ def chunk_sizes(config: RuntimeConfig, device: str) -> list[int]:
     return [size for size in halves if size >= LEAST_CHUNK_TOKENS]
 
 
-def layout_of(shape: ModelShape, config: RuntimeConfig, tokens: int, batch: int) -> KVLayout:
+def layout_of(
+    shape: ModelShape,
+    config: RuntimeConfig,
+    tokens: int,
+    batch: int,
+    place_tokens: tuple[int, ...] = (),
+) -> KVLayout:
     """The caches' layout, as the engine makes it for a model without a calibration file."""
     channels = min(config.label_channels or DEFAULT_LABEL_CHANNELS, shape.head_dim)
-    return make_layout(shape, config, channels, batch, config.capacity(tokens))
+    return make_layout(shape, config, channels, batch, config.capacity(tokens), place_tokens)
 
 
 def needs_for(

@@ -40,11 +40,15 @@ class Session:
         capacity: int,
         delay_cycles: int = 0,
         memory: RowMemory | None = None,
+        place_tokens: tuple[int, ...] = (),
     ) -> None:
-        """memory: where host rows come from; by default a new one, pinned for a GPU."""
+        """memory: where host rows come from; by default a new one, pinned for a GPU.
+
+        place_tokens: of each sequence, how many tokens get host memory; by default capacity.
+        """
         self.adapter, self.config = adapter, config
         channels = calibration.key_map.shape[2]
-        self.layout = make_layout(adapter.shape, config, channels, batch, capacity)
+        self.layout = make_layout(adapter.shape, config, channels, batch, capacity, place_tokens)
         device = adapter.device
 
         def integers(count: int) -> torch.Tensor:

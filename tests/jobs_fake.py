@@ -31,8 +31,10 @@ class FakeModel:
         failures: dict[str, Exception] | None = None,
         places: int = 1,
         failures_together: dict[str, Exception] | None = None,
+        sizes: tuple[int, ...] = (),
     ) -> None:
-        self.seconds, self.places = seconds, places
+        self.seconds, self.places, self.sizes = seconds, places, sizes
+        self.held: dict[Any, int] = {}  # the size of the place that a prompt at work has
         self.failures, self.failures_together = failures or {}, failures_together or {}
         self.prompts: dict[Any, tuple[str, int]] = {}
         self.most = 0  # prompts that were at work at once
@@ -41,9 +43,24 @@ class FakeModel:
     def count(self, prompt: str) -> int:
         return len(prompt.split())
 
+    def free_size(self, tokens: int) -> int | None:
+        """Of the smallest free place that holds so many."""
+        free = list(self.sizes)
+        for size in self.held.values():
+            free.remove(size)
+        return min((size for size in free if size >= tokens), default=None)
+
+    def has_room(self, tokens: int) -> bool:
+        return not self.prompts or tokens > max(self.sizes) or self.free_size(tokens) is not None
+
     def start(self, key: Any, prompt: str, max_new_tokens: int, on_stage: OnStage) -> None:
         raise_for(prompt, self.failures)
         assert len(self.prompts) < self.places
+        if self.sizes:
+            size = self.free_size(self.count(prompt) + max_new_tokens)
+            if size is None:
+                raise UserError("no free place has so many tokens")
+            self.held[key] = size
         on_stage("prefill", 1, 2)
         self.prompts[key] = prompt, max_new_tokens
         self.most = max(self.most, len(self.prompts))
@@ -54,6 +71,8 @@ class FakeModel:
             raise_for(prompt, self.failures_together)
         time.sleep(self.seconds)
         ready = list(self.prompts)[1:] or list(self.prompts)
+        for key in ready:
+            self.held.pop(key, None)
         return [(key, self._answer(*self.prompts.pop(key))) for key in ready]
 
     def _answer(self, prompt: str, max_new_tokens: int) -> Answer:
@@ -61,7 +80,7 @@ class FakeModel:
         return Answer(" ".join(words), "stop", self.count(prompt), 3, 0.5, 0.25, 0.75, 1.0)
 
     def release(self) -> None:
-        self.prompts = {}
+        self.prompts, self.held = {}, {}
         self.released += 1
 
 

@@ -43,10 +43,10 @@ def together(batch: ContinuousBatch, runtime, wanted, order, **sampling):
     options = {"do_sample": False, **sampling}
     waiting, done = list(order), {}
     while waiting or batch.running:
-        place = batch.free_place
-        if waiting and place is not None:
+        prompt, new_tokens = wanted[waiting[0]] if waiting else (None, 0)
+        place = batch.place_for(len(prompt) + new_tokens) if waiting else None
+        if place is not None:
             index = waiting.pop(0)
-            prompt, new_tokens = wanted[index]
             chooser = make_chooser(runtime.model, prompt, new_tokens, 3, **options)
             batch.join(place, prompt, new_tokens, chooser, index)
         else:
@@ -79,7 +79,7 @@ def test_budgets_that_are_parts_of_a_sequence(model, device, budget):
 
 def test_figures_are_a_sequences_own(model, device):
     """Hit rates and bytes do not depend on the number of places, whose caches have one capacity."""
-    runtime, wanted = runtime_of(model), requests(device)
+    runtime, wanted = runtime_of(model, prefetch="off"), requests(device)
     one = together(runtime.continuous(1, 320), runtime, wanted, range(7))
     three = together(runtime.continuous(3, 320), runtime, wanted, [4, 3, 2, 1, 0, 6, 5])
     for index in range(7):
@@ -87,6 +87,24 @@ def test_figures_are_a_sequences_own(model, device):
     assert one[3].moved["hit_rate"] > 0
     selected = 24 * model.config.num_key_value_heads * model.config.num_hidden_layers * (NEW_TOKENS[3] - 1)
     assert sum(layer["selected"] for layer in one[3].moved["layers"]) == selected
+
+
+@pytest.mark.parametrize("prefetch", ["correct", "predict"])
+def test_places_of_different_sizes(model, device, prefetch):
+    """A sequence takes the smallest empty place that holds it, and its tokens are the same there."""
+    runtime, wanted = runtime_of(model, prefetch=prefetch), requests(device)
+    expected = [alone(runtime, *request) for request in wanted]
+    batch = runtime.continuous(3, 320, place_tokens=(320, 150, 60))
+    assert [batch.place_for(tokens) for tokens in (5, 60, 61, 150, 151, 320, 321)] == [2, 2, 1, 1, 0, 0, None]
+    done = together(batch, runtime, wanted, range(7))
+    assert [done[index].tokens for index in range(7)] == expected
+    prompt = wanted[5][0]
+    with pytest.raises(UserError, match="need 150 tokens and a place has 60"):
+        batch.join(
+            2, prompt, 150 - len(prompt), make_chooser(runtime.model, prompt, 9, None, do_sample=False)
+        )
+    with pytest.raises(UserError, match="give 2 numbers of at most 320"):
+        runtime.continuous(2, 320, place_tokens=(320,))
 
 
 def test_end_tokens(model, device):

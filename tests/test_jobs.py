@@ -297,3 +297,19 @@ def test_metrics(tmp_path: Path) -> None:
     assert 'ds_offload_documents_total{outcome="error"} 1.0' in page
     assert 'ds_offload_tokens_total{kind="prompt"} 17.0' in page
     assert "ds_offload_gathered_bytes_total 1e+09" in page
+
+
+def test_a_document_waits_for_a_place_of_its_size(tmp_path: Path) -> None:
+    """Nothing fails and nothing is left out, whatever the order of lengths; the answers are the same."""
+    source, lengths = tmp_path / "in.jsonl", [9, 2, 40, 41, 3, 42, 1, 38, 39, 2, 2, 5]
+    rows = [json.dumps({"id": f"d{i}", "text": "word " * n}) + "\n" for i, n in enumerate(lengths)]
+    source.write_text("".join(rows))
+    texts = []
+    for name, sizes in (("equal", ()), ("sized", (80, 40, 40))):
+        output, model = tmp_path / f"{name}.jsonl", FakeModel(places=3, sizes=sizes)
+        run_job(make_job(source, output, long="refuse"), model)
+        lines = [json.loads(line) for line in output.read_bytes().split(b"\n") if line]
+        texts.append(sorted((line["id"], line["text"]) for line in lines if "text" in line))
+        assert not any(line.get("error") for line in lines)
+        assert model.most > 1
+    assert texts[0] == texts[1]

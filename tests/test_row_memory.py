@@ -2,6 +2,7 @@
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,15 @@ from .models import offloaded, random_ids, random_llama
 
 def address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def resident_kib(pages: np.ndarray) -> int:
+    """Of a region's memory, what is there."""
+    with open("/proc/self/smaps", encoding="utf-8") as maps:
+        lines = maps.read().splitlines()
+    start = pages.ctypes.data
+    at = next(i for i, line in enumerate(lines) if line.startswith(f"{start:x}-"))
+    return int(next(line for line in lines[at:] if line.startswith("Rss:")).split()[1])
 
 
 def test_a_region_comes_back_with_its_last_view() -> None:
@@ -40,6 +50,33 @@ def test_prepared_regions_are_taken_in_order_and_none_is_made_twice() -> None:
     lent = [memory.take((1024,), torch.float32).result() for _ in range(3)]
     assert len({address(tensor) for tensor in lent}) == 3
     assert memory.regions == made
+
+
+def test_regions_that_are_filled_in_parts_serve_the_same_parts_only() -> None:
+    memory, parts = RowMemory(None), ((0, 100), (500, 50))
+    held = memory.take((1000,), torch.uint8, parts).result()
+    where = address(held)
+    del held
+    assert memory.idle_bytes == 150
+    again = memory.take((1000,), torch.uint8, parts).result()
+    assert address(again) == where
+    del again
+    whole = memory.take((1000,), torch.uint8).result()
+    assert [(region.nbytes, region.spans) for region in memory.regions] == [(1000, ())]
+    del whole
+    memory.take((900,), torch.uint8, ((0, 10),)).result()  # a whole one serves any part
+    assert len(memory.regions) == 1
+
+
+def test_only_the_parts_are_populated() -> None:
+    pages = pinned.mapped(64 << 20)
+    before = resident_kib(pages)
+    pinned.populate(pages, ((3 << 20, 5 << 20), (40 << 20, 1)))
+    kib = resident_kib(pages) - before
+    assert 5 << 10 <= kib <= (5 << 10) + 3 * 2048  # pages of 2 MiB at the ends
+    assert pinned.pieces(((5000, 40 << 20),)) == [
+        (4096, 16 << 20), (4096 + (16 << 20), 16 << 20), (4096 + (32 << 20), (8 << 20) + 904),
+    ]  # fmt: skip
 
 
 def test_small_regions_make_way_for_larger_ones() -> None:
@@ -77,12 +114,7 @@ def test_every_page_is_there_on_old_kernels_too(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(pinned, "MADV_POPULATE_WRITE", flag)
     pages = pinned.mapped((40 << 20) + 5)
     pinned.populate(pages)
-    with open("/proc/self/smaps", encoding="utf-8") as maps:
-        lines = maps.read().splitlines()
-    start = pages.ctypes.data
-    at = next(i for i, line in enumerate(lines) if line.startswith(f"{start:x}-"))
-    resident = next(line for line in lines[at:] if line.startswith("Rss:"))
-    assert int(resident.split()[1]) >= 40 << 10
+    assert resident_kib(pages) >= 40 << 10
 
 
 def test_a_shorter_prompt_uses_the_memory_of_the_longer_one(device: str) -> None:

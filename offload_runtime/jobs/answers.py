@@ -30,12 +30,19 @@ class Answer:
 
 
 class Answerer(Protocol):
-    """A model as a job sees it, answering up to `places` prompts at a time; ModelAnswerer is the real one."""
+    """A model as a job sees it, answering up to `places` prompts at a time; ModelAnswerer is the real one.
+
+    sizes: tokens of each place where they differ.
+    """
 
     places: int
+    sizes: tuple[int, ...]
 
     def count(self, prompt: str) -> int:
         """Tokens of a prompt as it will be sent, chat template and all."""
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether a free place holds so many, answer included; also if none ever will, or all are free."""
 
     def start(self, key: Any, prompt: str, max_new_tokens: int, on_stage: OnStage) -> None:
         """Take up a prompt; the caller sees to it that a place is free. Raises what is the prompt's fault."""

@@ -18,8 +18,8 @@ class ModelAnswerer:
     """chat: put prompts through the model's chat template. sampling: arguments of transformers' generate.
 
     tokens: the longest prompt and answer that will come, by default the model's ctx;
-    each place has room for it. Without a calibration file the model is calibrated
-    on every prompt anew, so there can be one place only.
+    each place has room for it, or for its own of place_tokens. Without a calibration file the
+    model is calibrated on every prompt anew, so there can be one place only.
     """
 
     def __init__(
@@ -29,12 +29,14 @@ class ModelAnswerer:
         sampling: dict[str, Any] | None = None,
         places: int = 1,
         tokens: int | None = None,
+        place_tokens: Sequence[int] = (),
     ) -> None:
         if model.tokenizer is None:
             raise UserError("this model came without a tokenizer; a job needs one")
         self.model, self.tokenizer, self.chat = model, model.tokenizer, chat
         self.sampling = {"do_sample": False} if sampling is None else sampling
         self.places, self.tokens = places, tokens or model.config.ctx
+        self.sizes = tuple(place_tokens) if len(set(place_tokens)) > 1 else ()
         self.batch: ContinuousBatch | None = None
 
     def count(self, prompt: str) -> int:
@@ -44,9 +46,18 @@ class ModelAnswerer:
         ids = torch.tensor(self.encode(prompt))
         chooser = make_chooser(self.model.model, ids, max_new_tokens, self.model.config.seed, **self.sampling)
         batch = self._open(ids)
-        place = batch.free_place
-        assert place is not None
+        place = batch.place_for(len(ids) + max_new_tokens)
+        if place is None:
+            raise UserError(
+                f"prompt and new tokens need {len(ids) + max_new_tokens} tokens and no free place has them"
+            )
         batch.join(place, ids, max_new_tokens, chooser, key, on_stage)
+
+    def has_room(self, tokens: int) -> bool:
+        batch = self.batch
+        if batch is None or not batch.running or tokens > max(self.sizes, default=self.tokens):
+            return True
+        return batch.place_for(tokens) is not None
 
     def advance(self) -> list[tuple[Any, Answer]]:
         if self.batch is None:
@@ -92,7 +103,7 @@ class ModelAnswerer:
                 self.batch.session.calibrate(calibration)
                 return self.batch
         self.batch = None  # free the old caches first
-        self.batch = self.model.continuous(self.places, self.tokens, prompt)
+        self.batch = self.model.continuous(self.places, self.tokens, prompt, place_tokens=self.sizes)
         return self.batch
 
     def _answer(self, finished: Finished) -> Answer:

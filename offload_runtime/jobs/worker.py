@@ -70,6 +70,7 @@ class Worker:
         self.open: dict[str, Open] = {}
         self.waiting: deque[Request] = deque()
         self.running: dict[tuple[str, int], Request] = {}
+        self.measured: tuple[Request | None, int] = (None, 0)  # the next prompt, and its tokens
 
     def work(self, sources: Iterable[Source]) -> Iterator[Outcome]:
         """One outcome a document. The next document is read when a place is free for it."""
@@ -93,7 +94,15 @@ class Worker:
         """Whether a place is free, and the next prompt and those at work may be together."""
         if any(request.alone for request in (*self.running.values(), *list(self.waiting)[:1])):
             return not self.running
-        return len(self.running) < self.model.places
+        return len(self.running) < self.model.places and self._has_room()
+
+    def _has_room(self) -> bool:
+        """Whether the next prompt, if it is known, finds a place of its size."""
+        if not self.model.sizes or not self.waiting:
+            return True
+        if self.waiting[0] is not self.measured[0]:
+            self.measured = self.waiting[0], self.model.count(self.waiting[0].prompt)
+        return self.model.has_room(self.measured[1] + self.job.max_new_tokens)
 
     def _open(self, source: Source) -> Iterator[Outcome]:
         """Read a document and list what is to be asked first."""
