@@ -84,9 +84,7 @@ def rates_here(device: str) -> Rates:
         return rates
     rates = replace(rates, prefill=replace(rates.prefill, cores=os.cpu_count() or 1))
     origin = f"{rates.origin}; but the link's, {measured / 1e9:.1f} GB/s by a copy here"
-    # A gather out of little memory; out of much it is slower, which the default ratio says better.
-    ratio = min(gather / measured, 1.0)
-    return replace(rates, origin=origin, link_bytes_s=measured, dense_gather=min(rates.dense_gather, ratio))
+    return replace(rates, origin=origin, link_bytes_s=measured, gather=min(gather / measured, 1.0))
 
 
 def free_memory(request: PlanRequest) -> FreeMemory:

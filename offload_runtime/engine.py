@@ -3,7 +3,6 @@
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -253,9 +252,7 @@ class OffloadedModel:
         """A batch of `places` sequences of up to `tokens` tokens that come and go; see continuous.py.
 
         place_tokens: a place's own largest sequence, so that short ones need less host memory; on a GPU
-        without managed memory every place takes as much as the longest all the same. Several places
-        turn prefetch "correct" into "off": the tokens are the same, a batch waits for its rows behind
-        others' prefills anyway, and predicting takes a second selection from those. A model
+        without managed memory every place takes as much as the longest all the same. A model
         without a calibration is calibrated on `prompt`, which only one place can be.
         It takes the place of generate's caches.
         """
@@ -272,8 +269,6 @@ class OffloadedModel:
         if self.model.device.type == "cuda" and not managed_available(self.model.device):
             sizes = ()
         config = self._plan(places, capacity, True, sizes)
-        if places > 1 and config.prefetch == "correct":
-            config = replace(config, prefetch="off")
         calibration = self.calibration_for(no_prompt if prompt is None else prompt, capacity)
         return ContinuousBatch(self._new_session(config, calibration, places, capacity, sizes), overlap)
 

@@ -7,7 +7,6 @@ The default rates are one H100 80GB's with PCIe 5 x16. A prediction is for choos
 settings, not a result.
 """
 
-import math
 from dataclasses import dataclass, field
 
 from .planner import Plan
@@ -25,29 +24,24 @@ class Rates:
     # What a layer does besides: norms, RoPE, activations, caches, gaps. From whole steps of two shapes at
     # 32,768 to 262,144 tokens (bench/results/bench_*.json, tests/test_speed.py) less what is counted apart.
     plain_layer_s: float = 40e-6  # dense decode
-    layer_s: float = 55e-6  # ours
-    # Label scores and top-k of one layer: 42 to 47 us at 262,144 tokens of 8 KV heads; how much grows with
-    # labels is a guess.
-    select_base_s: float = 15e-6
+    layer_s: float = 30e-6  # ours
+    # Label scores and top-k of one layer: 42 to 47 us at 262,144 tokens of 8 KV heads, 40 fit whole steps
+    # best; how much grows with labels is a guess.
+    select_base_s: float = 10e-6
     select_label_s: float = 30e-6 / (8 * 262144)
+    # Of a layer whose rows are on the GPU: slots for its selection and the copies there, which nothing hides.
+    # What two measured steps lack (bench/results/prefill_llama8b.json).
+    in_memory_s: float = 60e-6
     # Sticky selection of 16,384 rows a head: a second cut 10 us, slots for them 27, remembering them 5.
     sticky_s: float = 52e-6
     hbm_bytes_s: float = 2.97e12  # copies within GPU memory, as `ds-offload bench` measures them
     link_bytes_s: float = 50e9  # pinned copies
-    # Row gathers out of 34 GB, as parts of what copies reach, by the part of all rows that is taken:
-    # 34 GB/s at 1/128, 48.5 from 1/32 on.
-    sparse_gather: float = 34 / 50
-    dense_gather: float = 48.5 / 50
+    gather: float = 47 / 50  # row gathers out of 34 GB of managed memory, as a part of what copies reach
     prefill: PrefillRates = field(default_factory=PrefillRates)
 
     def select_s(self, labels: int) -> float:
         """Of one layer; labels: tokens times KV heads of the batch."""
         return self.select_base_s + labels * self.select_label_s
-
-    def gather_bytes_s(self, share: float) -> float:
-        """Rate at which a selection of `share` of all rows comes; between the measured two by logarithm."""
-        place = (math.log2(min(max(share, 1 / 128), 1 / 32)) + 7) / 2  # 0 at 1/128, 1 at 1/32
-        return self.link_bytes_s * (self.sparse_gather + place * (self.dense_gather - self.sparse_gather))
 
 
 @dataclass(frozen=True)
@@ -98,10 +92,11 @@ def predict(plan: Plan, weights: Weights, rates: Rates, traffic: Traffic, calibr
     miss_rate = traffic.miss_rate
     if traffic.new_rows is not None:
         miss_rate = min(traffic.new_rows, plan.budget) / plan.budget
-    missed_s = miss_rate * selected_bytes / rates.gather_bytes_s(plan.budget / tokens)
+    missed_s = miss_rate * selected_bytes / (rates.link_bytes_s * rates.gather)
     sticky = layout.layers * rates.sticky_s if traffic.new_rows is not None else 0.0
     offload = offload_s(sparse, missed_s, selections, sticky, layout.layers, traffic)
     fits = gpu_fits(plan, kv_bytes)
+    sparse += layout.layers * rates.in_memory_s
     best, why = best_of({"dense": dense, "sparse": sparse, "offload": offload}, fits)
     parts = prefill_times(plan, weights, rates.prefill, rates.link_bytes_s, calibrated)
     fitting = (fits["dense"], fits["sparse"])

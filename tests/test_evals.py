@@ -301,7 +301,7 @@ def test_watching_attention_by_hand():
     resident = SimpleNamespace(sinks=1, recent=2)
     keys = torch.tensor([0.0, 3.0, 1.0, 2.0, 0.0, 0.0])[:, None]  # logits, for a query of 1
     rows = torch.cat([keys, torch.zeros(6, 1)], 1)[None, None]  # [1, 1, 6, 2]
-    cache = SimpleNamespace(state=state, resident=resident, host=SimpleNamespace(rows=rows))
+    cache = SimpleNamespace(state=state, resident=resident, host=SimpleNamespace(link_rows=rows))
     chosen = torch.tensor([[[1, 2]]])  # the best are 1 and 3
     selection = SimpleNamespace(tokens=chosen, counts=torch.tensor([[2]]))
     watch = LayerWatch()
@@ -319,7 +319,7 @@ def test_watching_kv_heads_with_unequal_budgets():
     cache = SimpleNamespace(
         state=SimpleNamespace(lengths=torch.tensor([7])),
         resident=SimpleNamespace(sinks=1, recent=2),
-        host=SimpleNamespace(rows=rows),
+        host=SimpleNamespace(link_rows=rows),
     )
     chosen = torch.tensor([[[1, 2, 3], [3, -1, -1]]])
     selection = SimpleNamespace(tokens=chosen, counts=torch.tensor([[3, 1]]))

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from offload_runtime.cache import row_memory
+from offload_runtime.cache.row_memory import RowMemory
 from offload_runtime.config import RuntimeConfig
 from offload_runtime.errors import UserError
 from offload_runtime.prefetch.scheduler import Prefetcher
@@ -68,17 +68,17 @@ def test_prefill_waits_for_its_own_layers_rows_only(monkeypatch, device):
     reached = [threading.Event() for _ in range(layers + 1)]
     reached[0].set()
     in_time: list[bool] = []
-    mapped = row_memory.mapped
+    populated = RowMemory._populated
 
-    def slow_mapped(size):
+    def slow(*arguments):
         in_time.append(reached[len(in_time)].wait(60))
-        return mapped(size)
+        return populated(*arguments)
 
     def on_prefill(done, total):
         assert total == layers * tokens
         reached[done // tokens].set()
 
-    monkeypatch.setattr(row_memory, "mapped", slow_mapped)
+    monkeypatch.setattr(RowMemory, "_populated", slow)
     offloaded(model, budget=24).generate(ids, max_new_tokens=2, do_sample=False, on_prefill=on_prefill)
     assert in_time == [True] * layers
 
