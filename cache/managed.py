@@ -3,7 +3,7 @@
 Registered memory is mapped in pages of 64 KiB. A gather of random rows asks for a new one with nearly
 every row, and once those in use cover more than some 16 GiB their translations no longer stay in the GPU's
 caches: 16,384 rows of 512 B, 30 regions of 1 GiB in turn, take 231 us each, from managed memory 179, which is
-the link's time (H100, driver 580; bench/results/host_pages.json). The pages stay in host memory: that is
+the link's time (H100, driver 580; NOTES.md, 2026-11-25). The pages stay in host memory: that is
 their preferred location, and the GPU reads and writes them there.
 """
 
