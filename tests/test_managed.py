@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from offload_runtime import doctor_gpu
 from offload_runtime.cache import managed
 from offload_runtime.cache.row_memory import RowMemory
 from offload_runtime.kernels.gather import gather_rows
@@ -87,6 +88,20 @@ def test_machines_without_it_get_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert managed.managed_pages(100, torch.device("cuda", 0)) is None
     monkeypatch.setattr(managed, "driver_bindings", lambda: Driver(shared=0))
     assert managed.managed_pages(100, torch.device("cuda", 0)) is None
+
+
+def test_the_doctor_says_which_memory_rows_are_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    for driver, ok, says in (
+        (Driver(), True, "managed"),
+        (Driver(shared=0), False, "does not share"),
+        (None, False, "pip install cuda-bindings"),
+    ):
+        for module in (managed, doctor_gpu):
+            monkeypatch.setattr(module, "driver_bindings", lambda driver=driver: driver)
+        finding = doctor_gpu.row_memory_finding(gpu)
+        assert finding.ok is ok
+        assert says in f"{finding.value} {finding.fix}"
 
 
 def test_no_room_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
