@@ -49,7 +49,8 @@ class ModelAnswerer:
         place = batch.place_for(len(ids) + max_new_tokens)
         if place is None:
             raise UserError(
-                f"prompt and new tokens need {len(ids) + max_new_tokens} tokens and no free place has them"
+                f"prompt and new tokens need {len(ids) + max_new_tokens} tokens and the largest place has "
+                f"{max(self.sizes, default=batch.session.layout.capacity)}; raise --ctx or shorten the document"
             )
         batch.join(place, ids, max_new_tokens, chooser, key, on_stage)
 
