@@ -48,9 +48,10 @@ class ModelAnswerer:
         batch = self._open(ids)
         place = batch.place_for(len(ids) + max_new_tokens)
         if place is None:
+            largest = max(self.sizes, default=batch.session.layout.capacity)
             raise UserError(
                 f"prompt and new tokens need {len(ids) + max_new_tokens} tokens and the largest place has "
-                f"{max(self.sizes, default=batch.session.layout.capacity)}; raise --ctx or shorten the document"
+                f"{largest}; raise --ctx or shorten the document"
             )
         batch.join(place, ids, max_new_tokens, chooser, key, on_stage)
 
