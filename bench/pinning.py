@@ -61,7 +61,7 @@ def product(size: int) -> np.ndarray:
 WAYS: dict[str, Callable[[int], np.ndarray]] = {
     "shared 4 KiB, touched (before)": shared_touched,
     "private 4 KiB, populated": private_populated,
-    "private 2 MiB, populated (now)": product,
+    "private 2 MiB, populated (registered memory now)": product,
 }
 
 

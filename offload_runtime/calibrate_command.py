@@ -50,7 +50,7 @@ def calibrate(
 
     method: one of METHODS; channels: R. out: default calibration.safetensors in the
     model's directory. tokens: how many of the text's tokens to run, in blocks spread
-    over it; "learned" reads up to 40,960 more. A run that was stopped goes on where it was
+    over it; "learned" reads up to 98,304 more. A run that was stopped goes on where it was
     when it is started again with the same settings, but for what "learned" does after the
     blocks. progress(done, total) counts layers x blocks, and layers learned. channels_from: a
     JSON file of channels as Double Sparsity publishes them; a text is then optional,
