@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from offload_runtime import OffloadedModel, RuntimeConfig
+from offload_runtime import OffloadedModel, RuntimeConfig, cli_batch_run
 from offload_runtime import cli_options as opt
 from offload_runtime.cli import app
 from offload_runtime.cli_batch_run import calibration_digest
@@ -200,3 +200,31 @@ def test_places_change_only_times_and_order(tmp_path: Path) -> None:
         assert run(*job, "--output", str(output), "--places", places)[0] == 1  # one document is empty
         lines.append(without_times(output).split(b"\n"))
     assert sorted(lines[0]) == sorted(lines[1])
+
+
+def test_places_of_different_sizes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where parts of a region can have memory, places for documents of 300 and 5,000 bytes are of two sizes."""
+    source, seen = tmp_path / "docs", []
+    source.mkdir()
+    for index, size in enumerate((300, 5000, 280, 310)):
+        (source / f"{index}.txt").write_text(shipped_prose()[index * 300 : index * 300 + size])
+    options = ["--ctx", "8192", "--budget", "64", "--max-new-tokens", "4", "--device", "cpu"]
+    job = ["summarize", "--input", str(source), *options]
+    plain = OffloadedModel.continuous
+
+    def continuous(self, places, tokens, prompt=None, overlap=True, place_tokens=()):
+        seen.append(place_tokens)
+        return plain(self, places, tokens, prompt, overlap, place_tokens)
+
+    monkeypatch.setattr(OffloadedModel, "continuous", continuous)
+    monkeypatch.setattr(cli_batch_run, "managed_available", lambda _: True)
+    lines = []
+    for places in ("1", "3"):
+        output = tmp_path / f"{places}.jsonl"
+        assert run(*job, "--output", str(output), "--places", places)[0] == 0
+        lines.append(sorted(without_times(output).split(b"\n")))
+    assert lines[0] == lines[1]
+    alone, sized = seen
+    assert alone == ()
+    assert sized[1:] == (4096, 4096)
+    assert 5000 < sized[0] <= 8192
