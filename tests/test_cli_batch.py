@@ -203,7 +203,7 @@ def test_places_change_only_times_and_order(tmp_path: Path) -> None:
 
 
 def test_places_of_different_sizes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where parts of a region can have memory, places for documents of 300 and 5,000 bytes are of two sizes."""
+    """Places for documents of 300 and 5,000 bytes are of two sizes where that saves memory."""
     source, seen = tmp_path / "docs", []
     source.mkdir()
     for index, size in enumerate((300, 5000, 280, 310)):
