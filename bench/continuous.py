@@ -28,7 +28,7 @@ from offload_runtime.bench.machine import machine
 from offload_runtime.bench.shapes import random_model
 from offload_runtime.choosing import Chooser
 from offload_runtime.continuous import ContinuousBatch
-from offload_runtime.places import place_sizes
+from offload_runtime.places import sizes_within
 
 # Mixed lengths from 32K to 128K tokens, in no order.
 LENGTHS = (65_536, 130_048, 32_768, 98_304, 49_152, 81_920)
@@ -60,7 +60,7 @@ class Run:
         """Open the caches, then time the documents from the first one's start to the last one's end."""
         started = time.perf_counter()
         needs = [len(prompt) + new_tokens for prompt in prompts]
-        sizes = tuple(min(max(needs), size) for size in place_sizes(needs, self.places))
+        sizes = sizes_within(needs, self.places)
         batch = self.model.continuous(
             self.places, max(needs), overlap=self.overlap, place_tokens=sizes if self.sized else ()
         )
@@ -68,7 +68,7 @@ class Run:
         for cache in batch.session.offloaded.values():
             _ = cache.host.rows  # pinned in the background; waited for here
         layout = batch.session.layout
-        self.line["place_tokens"] = layout.place_tokens or [layout.capacity] * self.places
+        self.line["place_tokens"] = layout.rooms
         self.line["pinned_gb"] = round(layout.layers * layout.host_bytes / 1e9, 2)
         self.line["open_s"] = round(time.perf_counter() - started, 2)
         save()

@@ -19,7 +19,7 @@ class HostStore:
 
     def __init__(self, layers: int, elements_a_layer: int, dtype: torch.dtype, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
-        memory = RowMemory(device if on_gpu else None)
+        memory = RowMemory(device)
         asked = [memory.take((elements_a_layer,), dtype) for _ in range(layers)]
         self.regions = [region.result() for region in asked]
         piece = min(PIECE_BYTES // dtype.itemsize, elements_a_layer)

@@ -56,10 +56,20 @@ class KVLayout:
         return self.batch * self.kv_heads
 
     @property
+    def rooms(self) -> tuple[int, ...]:
+        """Tokens of each sequence that there is host memory for."""
+        return self.place_tokens or (self.capacity,) * self.batch
+
+    @property
+    def region_bytes(self) -> int:
+        """Address space of one layer's rows [B, Hkv, capacity, row]."""
+        return self.heads * self.capacity * self.row_bytes
+
+    @property
     def host_bytes(self) -> int:
         """Pinned bytes of one layer's rows [B, Hkv, capacity, row], as far as they have memory."""
         if not self.place_tokens:
-            return self.heads * self.capacity * self.row_bytes
+            return self.region_bytes
         return self.kv_heads * sum(n * self.row_bytes + HOST_PAGE_BYTES for n in self.place_tokens)
 
     @property

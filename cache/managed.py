@@ -27,11 +27,10 @@ def managed_pages(size: int, device: torch.device, spans: Spans = ()) -> np.ndar
     Needs cuda.bindings and a GPU that shares managed memory with the host while both use it
     (Linux). MemoryError when the host has no room.
     """
-    driver = driver_bindings()
-    if driver is None or not shares_memory(driver, device):
+    if not managed_available(device):
         log.info("no managed memory here: rows go to registered memory")
         return None
-    pages = allocate(driver, size, device)
+    pages = allocate(driver_bindings(), size, device)
     populate(pages, spans)
     return pages
 
@@ -39,10 +38,8 @@ def managed_pages(size: int, device: torch.device, spans: Spans = ()) -> np.ndar
 def managed_available(device: torch.device) -> bool:
     """Whether managed_pages gives memory for this device, and so for parts of a region alone."""
     driver = driver_bindings() if device.type == "cuda" else None
-    return driver is not None and shares_memory(driver, device)
-
-
-def shares_memory(driver: Any, device: torch.device) -> bool:
+    if driver is None:
+        return False
     enter_context(driver, device)
     shared = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS
     return bool(result(driver.cuDeviceGetAttribute(shared, device.index or 0)))

@@ -46,17 +46,18 @@ class Region:
 
 @dataclass
 class RowMemory:
-    """Regions of one model. gpu: who reads and writes them; None where the model is on the CPU too.
+    """Regions of one model. device: where the model is; on a GPU the memory is such as the GPU can use.
 
     populate_s and register_s: seconds spent in the background so far.
     """
 
-    gpu: torch.device | None
+    device: torch.device
     regions: list[Region] = field(default_factory=list)
     populate_s: float = 0.0
     register_s: float = 0.0
 
     def __post_init__(self) -> None:
+        self.on_gpu = self.device.type == "cuda"
         self._populating = ThreadPoolExecutor(1, thread_name_prefix="row-pages")
         self._registering = ThreadPoolExecutor(1, thread_name_prefix="row-pins")
 
@@ -123,11 +124,11 @@ class RowMemory:
         """Pages with memory behind them, and whether the GPU maps them already."""
         freed.clear()
         began = time.perf_counter()
-        pages = managed_pages(nbytes, self.gpu, spans) if self.gpu else None
+        pages = managed_pages(nbytes, self.device, spans) if self.on_gpu else None
         managed = pages is not None
         if pages is None:
             pages = mapped(nbytes)
-            if self.gpu:
+            if self.on_gpu:
                 populate(pages)
         self.populate_s += time.perf_counter() - began
         return pages, managed
@@ -135,7 +136,7 @@ class RowMemory:
     def _registered(self, made: "Future[tuple[np.ndarray, bool]]") -> np.ndarray:
         pages, managed = made.result()
         began = time.perf_counter()
-        if self.gpu and not managed:
+        if self.on_gpu and not managed:
             register(pages)
         self.register_s += time.perf_counter() - began
         return pages

@@ -34,7 +34,7 @@ from .jobs.rich_progress import JobBars
 from .loading import load_tokenizer
 from .model_check import ModelShape, check_config, check_label_channels, position_warning
 from .model_source import WEIGHT_FORMS, ModelSource
-from .places import Work, choose_places, place_sizes
+from .places import Work, choose_places, sizes_within
 from .planner import Plan, require
 from .speed import Traffic
 
@@ -87,7 +87,7 @@ def run_batch(request: BatchRequest) -> None:
             run_on_ray(run, loader, request.ray_actors, watchers, places)
         elif run.left:
             sizes = places_for(request, run, config, model_config)
-            model = load(request, config, chat, len(sizes), max(bounds_of(run, job)), sizes)
+            model = load(request, config, chat, len(sizes), max(sizes), sizes)
             try:
                 run.run(model, watchers)
             finally:
@@ -158,7 +158,7 @@ def places_for(
     longest, apart = max(bounds), managed_available(place)
 
     def sizes(count: int) -> tuple[int, ...]:
-        return tuple(min(longest, n) for n in place_sizes(bounds, count)) if apart else (longest,) * count
+        return sizes_within(bounds, count) if apart else (longest,) * count
 
     def planned(count: int) -> Plan:
         return plan_of(

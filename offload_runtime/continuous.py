@@ -20,6 +20,7 @@ import torch
 
 from .choosing import Chooser
 from .errors import UserError
+from .free_place import smallest_free
 from .pace import Pace
 from .prefetch.lanes import Fetched, Lanes
 from .session import Session
@@ -122,14 +123,7 @@ class ContinuousBatch:
 
     def place_for(self, tokens: int) -> int | None:
         """The smallest empty place that holds a sequence of so many tokens; None when there is none now."""
-        places = range(self.session.layout.batch)
-        fitting = [p for p in places if p not in self.running and self.room(p) >= tokens]
-        return min(fitting, key=self.room, default=None)
-
-    def room(self, place: int) -> int:
-        """Tokens that a place holds."""
-        layout = self.session.layout
-        return layout.place_tokens[place] if layout.place_tokens else layout.capacity
+        return smallest_free(self.session.layout.rooms, self.running, tokens)
 
     @torch.no_grad()
     def join(
@@ -148,7 +142,7 @@ class ContinuousBatch:
         the newcomer's fault. UserError when the sequence is longer than a place.
         """
         assert place not in self.running
-        need, room = len(prompt) + max_new_tokens, self.room(place)
+        need, room = len(prompt) + max_new_tokens, self.session.layout.rooms[place]
         if need > room:
             raise UserError(f"prompt and new tokens need {need} tokens and a place has {room}")
         started = time.perf_counter()

@@ -63,7 +63,7 @@ class OffloadedModel:
         self.calibration = calibration
         self.stats: dict[str, Any] = {}
         self.fitted: list[str] = []  # what fit=True shrank for the caches in use
-        self._memory = RowMemory(model.device if model.device.type == "cuda" else None)
+        self._memory = RowMemory(model.device)
         self._session: Session | None = None
         self._had_session = False
         self._calibration_s = 0.0  # of the last call's time: a calibration made from its prompt
@@ -212,8 +212,7 @@ class OffloadedModel:
         for note in self.fitted:
             warnings.warn(note, stacklevel=2)
         if config.placement == "host":
-            nbytes = layout.heads * layout.capacity * layout.row_bytes
-            self._memory.prepare(layout.layers, nbytes, head_spans(layout))
+            self._memory.prepare(layout.layers, layout.region_bytes, head_spans(layout))
         return config
 
     def _new_session(

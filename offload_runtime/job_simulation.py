@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .free_place import smallest_free
 from .pace import Pace
 
 # Measured, 8B shape, prompts of 76K tokens on average: a step of four sequences beside a prefill takes 58 ms,
@@ -46,12 +47,7 @@ class Simulation:
 
     def _place_for(self, tokens: int) -> int | None:
         largest = max(self.sizes)  # a document that no place holds takes the largest
-        fitting = [
-            place
-            for place, size in enumerate(self.sizes)
-            if place not in self.left and size >= min(tokens, largest)
-        ]
-        return min(fitting, key=lambda place: self.sizes[place], default=None)
+        return smallest_free(self.sizes, self.left, min(tokens, largest))
 
     def _prefill(self, place: int, tokens: int) -> None:
         prompt = max(1, tokens - self.new_tokens)

@@ -35,6 +35,11 @@ def place_sizes(bounds: Sequence[int], places: int) -> tuple[int, ...]:
     return tuple(-(-tokens // PLACE_STEP_TOKENS) * PLACE_STEP_TOKENS for tokens in chosen)
 
 
+def sizes_within(bounds: Sequence[int], places: int) -> tuple[int, ...]:
+    """place_sizes, none larger than the longest document needs."""
+    return tuple(min(max(bounds), size) for size in place_sizes(bounds, places))
+
+
 def choose_places(plan_of: Callable[[int], Plan], weights: Weights, work: Work) -> int:
     """The places, at most 12, with the shortest predicted job among those whose plan fits; at least 1."""
     best, best_s, steps = 1, 0.0, list[float]()
@@ -58,7 +63,6 @@ def job_seconds(plan: Plan, weights: Weights, work: Work, steps: list[float]) ->
     steps.append(times.offload_tpot)
     # By tokens of the longest prompt's, so a little too long for the others.
     speeds = Speeds(times.ttft_compute / plan.batch / longest, steps)
-    sizes = plan.layout.place_tokens or (longest,) * plan.batch
-    job = Simulation(sizes, work.new_tokens, speeds).run(work.bounds[:SIMULATED])
+    job = Simulation(plan.layout.rooms, work.new_tokens, speeds).run(work.bounds[:SIMULATED])
     share = min(SIMULATED, len(work.bounds)) / len(work.bounds)
     return plan.needs.pinned / GIB * rates.prefill.pin_s_gib + job / share

@@ -42,7 +42,7 @@ class Session:
         memory: RowMemory | None = None,
         place_tokens: tuple[int, ...] = (),
     ) -> None:
-        """memory: where host rows come from; by default a new one, pinned for a GPU.
+        """memory: where host rows come from; by default a new one.
 
         place_tokens: of each sequence, how many tokens get host memory; by default capacity.
         """
@@ -56,7 +56,7 @@ class Session:
 
         active = torch.ones(batch, dtype=torch.int32, device=device)
         self.state = BatchState(integers(batch), integers(batch), integers(1), active)
-        self.memory = memory or RowMemory(device if device.type == "cuda" else None)
+        self.memory = memory or RowMemory(device)
         self.caches = [self._make_cache(window) for window in biting(adapter.windows, capacity)]
         self.offloaded = {i: cache for i, cache in enumerate(self.caches) if isinstance(cache, LayerCache)}
         self.prefetcher = Prefetcher(

@@ -11,6 +11,8 @@ from offload_runtime.cache.row_memory import RowMemory
 
 from .models import offloaded, random_ids, random_llama
 
+CPU = torch.device("cpu")
+
 
 def address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
@@ -26,7 +28,7 @@ def resident_kib(pages: np.ndarray) -> int:
 
 
 def test_a_region_comes_back_with_its_last_view() -> None:
-    memory = RowMemory(None)
+    memory = RowMemory(CPU)
     first = memory.take((2, 3, 8), torch.bfloat16).result()
     assert (first.shape, first.dtype, memory.idle_bytes) == ((2, 3, 8), torch.bfloat16, 0)
     where, view = address(first), first[1]
@@ -42,7 +44,7 @@ def test_a_region_comes_back_with_its_last_view() -> None:
 
 
 def test_prepared_regions_are_taken_in_order_and_none_is_made_twice() -> None:
-    memory = RowMemory(None)
+    memory = RowMemory(CPU)
     memory.prepare(3, 4096)
     made = list(memory.regions)
     memory.prepare(3, 4000)  # what is there will do
@@ -53,7 +55,7 @@ def test_prepared_regions_are_taken_in_order_and_none_is_made_twice() -> None:
 
 
 def test_regions_that_are_filled_in_parts_serve_the_same_parts_only() -> None:
-    memory, parts = RowMemory(None), ((0, 100), (500, 50))
+    memory, parts = RowMemory(CPU), ((0, 100), (500, 50))
     held = memory.take((1000,), torch.uint8, parts).result()
     where = address(held)
     del held
@@ -80,7 +82,7 @@ def test_only_the_parts_are_populated() -> None:
 
 
 def test_small_regions_make_way_for_larger_ones() -> None:
-    memory = RowMemory(None)
+    memory = RowMemory(CPU)
     held = memory.take((10,), torch.uint8).result()
     del held
     larger = memory.take((20,), torch.uint8).result()
@@ -93,7 +95,7 @@ def test_small_regions_make_way_for_larger_ones() -> None:
 
 
 def test_no_room_is_told_to_who_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory, mapped = RowMemory(None), row_memory.mapped
+    memory, mapped = RowMemory(CPU), row_memory.mapped
 
     def no_room(_: int) -> None:
         raise MemoryError("cannot map 1.00 GB of host memory")

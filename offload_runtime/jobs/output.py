@@ -92,14 +92,15 @@ class OutputFile:
 
     def _parse(self, line: bytes, number: int) -> Record:
         try:
-            record = json.loads(line)
-            if isinstance(record["id"], str):
-                return record
+            record: Record = json.loads(line)
+            known = isinstance(record["id"], str)
         except (ValueError, KeyError, TypeError):
-            pass
-        raise UserError(
-            f"line {number} of --output {self.path} is not a line of a job; something else wrote to it"
-        )
+            known = False
+        if not known:
+            raise UserError(
+                f"line {number} of --output {self.path} is not a line of a job; something else wrote to it"
+            )
+        return record
 
     def _replace(self, records: Sequence[Record]) -> None:
         """Put a file with these records in this one's place, whole or not at all; the lock passes on."""
