@@ -49,7 +49,7 @@ class DrivenSession(Session):
         if self.handed_out is None:
             return super()._make_cache(window)
         device = self.adapter.device
-        return LayerCache(self.layout, self.state, device, self.config.new_rows, self.handed_out)
+        return LayerCache(self.layout, self.state, device, self.new_rows, self.handed_out)
 
     def _fill(self) -> None:
         """Labels of random keys for every token, and rows where no store has them."""

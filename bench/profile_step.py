@@ -77,7 +77,7 @@ def main() -> None:
     options = parser.parse_args()
     adapter = ModelAdapter(random_model(options.shape, options.ctx))
     budget, mode, *rest = options.setting.split(":")
-    new_rows = int(rest[0]) if rest else None
+    new_rows = rest[0] if rest else None
     config = RuntimeConfig(ctx=options.ctx, budget=budget, prefetch=mode, new_rows=new_rows)
     with torch.no_grad():
         session = DrivenSession(adapter, config, 1)

@@ -53,11 +53,11 @@ def run_all(options: argparse.Namespace, known: Results, failures: list[str]) ->
     until = time.monotonic() + 60 * options.minutes
     runtime = OffloadedModel.from_pretrained(
         options.model, device=options.device, ctx=options.ctx, budget=EVERYTHING,
-        label_bits=options.label_bits, calibration=options.calibration,
+        label_bits=options.label_bits, calibration=options.calibration, new_rows="none",
     )  # fmt: skip
     tokens, name = Tokens(runtime.tokenizer, options.chat), Path(options.model).name
     groups = longbench.groups(tokens, options.ctx, options.file, options.limit)
-    sparse = [Setting(budget, None, options.label_bits) for budget in options.budget]
+    sparse = [Setting(budget, None, options.label_bits, new_rows="none") for budget in options.budget]
     shared = SharedPrefill(runtime, least=options.ctx)
     for group in in_turns(groups, options.limit):
         job = Job("longbench", group, (DENSE, *sparse), judged, {"chat": options.chat})

@@ -1,7 +1,6 @@
 """What `ds-offload bench` was asked for: comma-separated text checked and turned into lists."""
 
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +62,9 @@ class Request:
         for budget in self.budgets:
             found += [Setting(budget, mode, None) for mode in self.modes]
             tokens = RuntimeConfig(ctx=ctx, budget=budget).budget_tokens(ctx)
-            counts = [new_row_count(text, tokens) for text in self.sticky]
-            found += [Setting(budget, mode, c) for c in counts if c < tokens for mode in self.modes]
+            sticky = [RuntimeConfig(ctx=ctx, budget=budget, new_rows=text) for text in self.sticky]
+            counts = [count for config in sticky if (count := config.entering(tokens)) is not None]
+            found += [Setting(budget, mode, count) for count in counts for mode in self.modes]
         return found
 
     def shares(self) -> list[float]:
@@ -145,16 +145,3 @@ def numbers(text: str, option: str, least: int) -> list[int]:
             raise UserError(f"{option} is {number}; it must be at least {least}")
         found.append(number)
     return found
-
-
-def new_row_count(text: str, budget_tokens: int) -> int:
-    """C from "2048" or, as a part of the budget, "1/8"; at least 1."""
-    try:
-        number = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise UserError(
-            f"--new-rows {text!r} is not a number; give rows (2048) or a part of the budget (1/8)"
-        ) from None
-    if number <= 0:
-        raise UserError(f"--new-rows is {text}; it must be above 0")
-    return max(1, int(number * budget_tokens)) if "/" in text else int(number)

@@ -74,9 +74,13 @@ class Job:
 def open_runtime(
     base: OffloadedModel, setting: Setting, ctx: int, calibration: Any, **more: Any
 ) -> SharedPrefill:
-    """Another runtime on the same weights, for one kind of label."""
-    widest = replace(setting, budget=EVERYTHING)
-    config = widest.config(ctx, seed=0, **more)
+    """Another runtime on the same weights, for one kind of label.
+
+    As many new rows enter a step under any budget as sticky selection lets in under the setting's own.
+    """
+    config = setting.config(ctx, seed=0, **more)
+    new_rows = config.entering(config.budget_tokens(ctx))
+    config = replace(config, budget=EVERYTHING, new_rows=new_rows)
     return SharedPrefill(OffloadedModel(base.model, config, base.tokenizer, calibration))
 
 

@@ -24,7 +24,7 @@ def own_calibration(name_or_path: str | Path, rope_scaling: str | None = None) -
 def with_choice(
     settings: dict[str, Any], name_or_path: str | Path, rope_scaling: str | None = None
 ) -> dict[str, Any]:
-    """The settings, with budget and label bits from the calibration file where the user gave none.
+    """The settings, with budget, label bits and new rows from the calibration file where the user gave none.
 
     A calibration file holds them when they were chosen for a quality target.
     """
@@ -35,7 +35,11 @@ def with_choice(
     chosen: dict[str, Any] = dict(Calibration.load(file).provenance)
     if "budget" not in chosen:
         return settings
-    return {"budget": chosen["budget"], "label_bits": int(chosen["label_bits"]), **settings}
+    new_rows = chosen.get(
+        "new_rows", "none"
+    )  # files of before there was a choice were chosen by exact selection
+    chosen = {"budget": chosen["budget"], "label_bits": int(chosen["label_bits"]), "new_rows": new_rows}
+    return {**chosen, **settings}
 
 
 def check_calibration(calibration: Calibration | None, config: RuntimeConfig, model: PreTrainedModel) -> None:

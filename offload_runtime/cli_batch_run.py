@@ -173,7 +173,8 @@ def places_for(
     alone = place.type == "cpu" or calibration_digest(source, config) is None
     if alone or has_length_rotary(model_config):
         return sizes(1)
-    job = Work(bounds, run.job.max_new_tokens, Traffic(config.prefetch, config.new_rows))
+    new_rows = config.entering(config.budget_tokens(config.capacity(longest)))
+    job = Work(bounds, run.job.max_new_tokens, Traffic(config.prefetch, new_rows))
     return sizes(choose_places(planned, weights_of(source, model_config), job))
 
 

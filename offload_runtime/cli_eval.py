@@ -37,6 +37,7 @@ class EvalRequest:
     channels: str | None
     bits: str
     prefetch: str
+    new_rows: str
     calibrate_on: list[Path]
     out: Path
     quality: float | None
@@ -45,7 +46,7 @@ class EvalRequest:
 
 def run_eval(request: EvalRequest) -> None:
     """Check, compute what is missing, then write OUT/SUITE.jsonl, SUITE.json and the pictures."""
-    settings = make_grid(request.budgets, request.channels, request.bits, request.prefetch)
+    settings = make_grid(request.budgets, request.channels, request.bits, request.prefetch, request.new_rows)
     ctxs = lengths(request.ctxs)
     suite = choose(request.suite, request.wanted)
     check_quality(request)

@@ -24,6 +24,9 @@ def evaluate(
     channels: Annotated[str | None, typer.Option(help="Label channels, such as 16,32.")] = None,
     label_bits: Annotated[str, typer.Option(help="Label bits, such as 4,16.")] = "4",
     prefetch: Annotated[str, typer.Option(help="Prefetch modes, such as correct,predict.")] = "correct",
+    new_rows: Annotated[
+        str, typer.Option(help="Sticky selection, such as none,1/8,2048; auto is what generate does.")
+    ] = "auto",
     file: Annotated[list[Path] | None, typer.Option(help="A file of cases; may be repeated.")] = None,
     text: Annotated[Path | None, typer.Option(help="A UTF-8 text: filler, or what is scored.")] = None,
     depths: Annotated[str, typer.Option(help="passkey: places of the keys.")] = DEPTHS,
@@ -80,6 +83,7 @@ def evaluate(
                 channels=channels,
                 bits=label_bits,
                 prefetch=prefetch,
+                new_rows=new_rows,
                 calibrate_on=calibrate_on or [],
                 out=out,
                 quality=quality,

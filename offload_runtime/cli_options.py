@@ -31,7 +31,11 @@ Slots = Annotated[
     int | None, typer.Option(help="Resident rows per layer and KV head. [default: twice the budget]")
 ]
 NewRows = Annotated[
-    int | None, typer.Option(help="Sticky selection: at most this many new rows a step. [default: exact]")
+    str | None,
+    typer.Option(
+        help="Sticky selection: new rows a step at most, a count or a part of the budget; or none, for exact "
+        "selection. [default: 2048 or 1/8, if the budget is more than twice that]"
+    ),
 ]
 ChunkTokens = Annotated[int | None, typer.Option(help="Tokens a prefill chunk. [default: by device]")]
 CalibrationFile = Annotated[str | None, typer.Option("--calibration", help="A file from `calibrate`.")]

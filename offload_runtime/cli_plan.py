@@ -62,7 +62,7 @@ def run_plan(request: PlanRequest) -> None:
         weights=weights, continuous=request.places is not None,
     )  # fmt: skip
     rates = rates_here(source.device)
-    traffic = Traffic(config.prefetch, config.new_rows, request.miss_rate)
+    traffic = Traffic(config.prefetch, config.entering(plan.layout.budget), request.miss_rate)
     own = own_calibration(source.name_or_path, source.rope_scaling)
     calibrated = own is not None if config.calibration is None else Path(config.calibration).is_file()
     times = predict(plan, weights, rates, traffic, calibrated) if device == "cuda" else None

@@ -14,6 +14,10 @@ DEFAULT_LABEL_CHANNELS = 32  # projected to 32 at 4 bits: the best found at 20 b
 # Tokens a calibration reads. Measured: 8,192 find the mass that 16,384 find; four times that, because a text
 # of many kinds costs seconds and nobody has to know (the CLI's and the function's one default).
 CALIBRATION_TOKENS = 32768
+# Sticky selection by default. 2,048 rows of 8 KV heads are 8.4 MB a layer, which come over the link in about
+# the time that a layer of the 8B shape computes (0.2 ms; NOTES.md): fewer gain nothing. What an eighth of the
+# budget keeps of exact selection's mass is in bench/results/sticky.
+STICKY_ROWS, STICKY_PART = 2048, 8
 CAPACITY_STEP = 1024  # tokens; caches grow in steps of an eighth of their size, at least this
 
 
@@ -32,7 +36,9 @@ class RuntimeConfig:
         to the calibration's, or to 32 when the model calibrates itself.
     sinks, recent: first and last tokens that are always attended to.
     slots: resident rows per layer and KV head; default twice the budget.
-    new_rows: sticky selection: at most this many new rows a step; None selects exactly.
+    new_rows: sticky selection: at most this many new rows a step and KV head, as a count or as a
+        part of ctx's budget ("1/8"). "auto": the larger of 2,048 and an eighth of ctx's budget, in caches
+        that select more than twice that but not most of ctx; others select exactly. "none" or None: exactly.
     chunk_tokens: tokens a prefill chunk; default by device.
     calibration: path of a calibration file; default the model's own, else self-calibration.
     cuda_graph: replay decode steps as one CUDA graph.
@@ -51,7 +57,7 @@ class RuntimeConfig:
     sinks: int = 16
     recent: int = 64
     slots: int | None = None
-    new_rows: int | None = None
+    new_rows: str | int | None = "auto"
     chunk_tokens: int | None = None
     calibration: str | None = None
     seed: int | None = None
@@ -77,13 +83,14 @@ class RuntimeConfig:
             raise UserError(
                 f"budget_mass is {self.budget_mass}; give a share above 0 and below 1, such as 0.98"
             )
-        for name in ("ctx", "slots", "new_rows", "chunk_tokens", "audit_every"):
+        for name in ("ctx", "slots", "chunk_tokens", "audit_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
         if self.gpu_memory is not None and self.gpu_memory <= 0:
             raise UserError(f"gpu_memory is {self.gpu_memory}; it must be above 0")
         self.budget_tokens(self.ctx)
+        self.entering(self.ctx)
 
     def budget_tokens(self, tokens: int) -> int:
         """K for a sequence of that many tokens, at least 1 and at most all of them."""
@@ -93,6 +100,17 @@ class RuntimeConfig:
         if budget > self.ctx:
             raise UserError(f"budget {budget} is larger than ctx {self.ctx}; lower it or use a fraction")
         return min(budget, tokens)
+
+    def entering(self, budget_tokens: int) -> int | None:
+        """Sticky selection's new rows a step in caches that select at most budget_tokens; None: exact."""
+        most = self.budget_tokens(self.ctx)
+        if self.new_rows == "auto":
+            count = max(STICKY_ROWS, most // STICKY_PART)
+            return count if budget_tokens > 2 * count and 2 * most <= self.ctx else None
+        limit = parse_new_rows(self.new_rows)
+        if isinstance(limit, Fraction):
+            limit = max(1, int(limit * most))
+        return limit if limit is not None and limit < budget_tokens else None
 
     def capacity(self, tokens: int) -> int:
         """Tokens to make room for: the need, rounded up so that similar prompts share caches."""
@@ -121,6 +139,22 @@ def parse_budget(value: str | int | float) -> int | Fraction:
     if number > 1:
         raise UserError(f"budget {text} is above 1 as a fraction; {hint}")
     return number
+
+
+def parse_new_rows(value: str | int | None) -> int | Fraction | None:
+    """A count of rows, a part of the budget below 1, or None for exact selection; UserError otherwise."""
+    text = str(value).strip()
+    if text.lower() == "none":
+        return None
+    try:
+        number = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        number = Fraction(0)
+    part = "/" in text or "." in text
+    if number <= 0 or (part and number > 1):
+        kinds = "rows (2048), a part of the budget (1/8), none for exact selection, or auto"
+        raise UserError(f"new_rows is {text!r}; give {kinds}")
+    return number if part else int(number)
 
 
 def label_width(channels: int) -> int:

@@ -270,7 +270,7 @@ def needs_for(
 def workspace_bytes(shape: ModelShape, layout: KVLayout, config: RuntimeConfig) -> int:
     """Decode scratch: what the layers share, one step's logits, a selection a layer if sticky."""
     logits = 3 * layout.batch * shape.vocab * 4  # float32: logits, processed scores, probabilities
-    sticky = layout.layers * layout.selection_bytes if config.new_rows is not None else 0
+    sticky = layout.layers * layout.selection_bytes if config.entering(layout.budget) is not None else 0
     return layout.workspace_bytes + sticky + logits
 
 

@@ -49,6 +49,7 @@ class Session:
         self.adapter, self.config = adapter, config
         channels = calibration.key_map.shape[2]
         self.layout = make_layout(adapter.shape, config, channels, batch, capacity, place_tokens)
+        self.new_rows = config.entering(self.layout.budget)
         device = adapter.device
 
         def integers(count: int) -> torch.Tensor:
@@ -85,7 +86,7 @@ class Session:
         if window:
             return WindowCache(self.layout, self.state, window, device)
         rows_place = device if self.config.placement == "gpu" else None
-        return LayerCache(self.layout, self.state, device, self.config.new_rows, self.memory, rows_place)
+        return LayerCache(self.layout, self.state, device, self.new_rows, self.memory, rows_place)
 
     def calibrate(self, calibration: Calibration) -> None:
         """Give every offloaded layer its label maps; labels made before are of no use afterwards."""

@@ -119,6 +119,7 @@ def test_damaged_results_are_refused(tmp_path):
         (["passkey", "--ctx", ","], "--ctx"),
         (["passkey", "--depths", "2"], "--depths"),
         (["passkey", "--prefetch", "maybe"], "maybe"),
+        (["passkey", "--new-rows", "some"], "new_rows"),
         (["passkey", "--model", "/nowhere"], "/nowhere"),
         (["passkey", "--calibrate-on", "/nowhere.txt"], "/nowhere.txt"),
     ],
@@ -134,6 +135,11 @@ def test_grid():
     grid = make_grid("1/16,64,1/1", "16,32", "4", "off")
     assert grid[0] == DENSE
     assert grid[1:] == [Setting(b, r, 4, "off") for b in ("1/16", "64") for r in (16, 32)]
+    both = make_grid("1/16", None, "4", "off", "none,1/8")
+    assert [setting.label for setting in both[1:]] == [
+        "1/16, default R, 4 bit, off, exact",
+        "1/16, default R, 4 bit, off, 1/8 new",
+    ]
 
 
 def test_metrics_by_hand():

@@ -23,6 +23,7 @@ def line(budget, bits, ctx, attended):
         "channels": 32,
         "bits": bits,
         "prefetch": "off",
+        "new_rows": "auto",
         "ctx": ctx,
         "attended": attended,
     }

@@ -102,6 +102,7 @@ def test_nothing_is_asked_twice_and_time_ends_it(tmp_path):
 
 @pytest.mark.parametrize("word", ["16x4", "32x16:some/file"])
 def test_labels_of_the_command(word):
-    setting, file = label_of(word)
+    setting, file = label_of(word, "1/8")
+    assert setting.new_rows == "1/8"
     assert f"{setting.channels}x{setting.bits}" == word.split(":")[0]
     assert (file is None) == (":" not in word)

@@ -27,7 +27,7 @@ from .cases import Case, Group
 from .plots import pyplot, save
 from .records import Row
 from .runner import Report
-from .summary import POINT, make_table, point_cells, setting_of
+from .summary import by_point, make_table, point_cells, setting_of
 
 FIGURES = ("oracle", "attended", "recall", "overlap", "oracle_overlap", "prefetch_recall")
 TITLES = (
@@ -133,17 +133,14 @@ def measure(
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Means over cases, by layer and over layers, of every point of the grid."""
-    points: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        points.setdefault(tuple(row[name] for name in POINT), []).append(row)
     lines = []
-    for point, mine in points.items():
+    for point, mine in by_point(rows):
         layers = [
             {name: mean(layer.get(name) for layer in same) for name in FIGURES}
             for same in zip(*(row["layers"] for row in mine), strict=True)
         ]
         means = {name: mean(layer[name] for layer in layers) for name in FIGURES}
-        lines.append(dict(zip(POINT, point, strict=True)) | means | {"layers": layers})
+        lines.append(point | means | {"layers": layers})
     return lines
 
 

@@ -20,7 +20,7 @@ from .cases import Case, Group, Tokens
 from .plots import draw_cells, pyplot, save
 from .records import Row
 from .runner import Report
-from .summary import POINT, case_of, dense_rows, make_table, point_cells, setting_of
+from .summary import by_point, case_of, dense_rows, make_table, point_cells, setting_of
 
 
 def groups(tokens: Tokens, ctx: int, text: str, pieces: int, scored: int) -> list[Group]:
@@ -73,15 +73,12 @@ def measure(
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Bits per byte and perplexity of every point; `more`: bits over dense on the same pieces, less 1."""
     dense = dense_rows(rows)
-    points: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        points.setdefault(tuple(row[name] for name in POINT), []).append(row)
     lines = []
-    for point, mine in points.items():
+    for point, mine in by_point(rows):
         nats, same = sum(r["nats"] for r in mine), [r for r in mine if case_of(r) in dense]
         reference = sum(dense[case_of(r)]["nats"] for r in same)
         lines.append(
-            dict(zip(POINT, point, strict=True))
+            point
             | {
                 "tokens": sum(r["tokens"] for r in mine),
                 "bits_per_byte": nats / math.log(2) / sum(r["bytes"] for r in mine),

@@ -11,12 +11,16 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of the grid. channels None: the calibration's own R, or the default."""
+    """One point of the grid. channels None: the calibration's own R, or the default.
+
+    new_rows: as in RuntimeConfig, "none" for exact selection.
+    """
 
     budget: str
     channels: int | None = None
     bits: int = 4
     prefetch: str = "correct"
+    new_rows: str = "auto"
 
     @property
     def is_dense(self) -> bool:
@@ -24,11 +28,12 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """For tables and legends, such as "1/16, R 32, 4 bit, correct"."""
+        """For tables and legends, such as "1/16, R 32, 4 bit, correct, 1/8 new"."""
         if self.is_dense:
             return "dense"
         width = "default R" if self.channels is None else f"R {self.channels}"
-        return f"{self.budget}, {width}, {self.bits} bit, {self.prefetch}"
+        sticky = {"auto": "", "none": ", exact"}.get(self.new_rows, f", {self.new_rows} new")
+        return f"{self.budget}, {width}, {self.bits} bit, {self.prefetch}{sticky}"
 
     def facts(self) -> dict[str, Any]:
         return asdict(self)
@@ -40,6 +45,7 @@ class Setting:
             prefetch=self.prefetch,
             label_channels=self.channels,
             label_bits=self.bits,
+            new_rows=self.new_rows,
             seed=seed,
             **others,
         )
@@ -49,10 +55,18 @@ class Setting:
 DENSE = Setting("1/1", None, 4, "off")
 
 
-def make_grid(budgets: str, channels: str | None, bits: str, prefetch: str) -> list[Setting]:
+def make_grid(
+    budgets: str, channels: str | None, bits: str, prefetch: str, new_rows: str = "auto"
+) -> list[Setting]:
     """All combinations of comma-separated lists, dense first; UserError names the value that is wrong."""
     widths = [None] if channels is None else integers(channels, "--channels")
-    axes = (words(budgets, "--budget"), widths, integers(bits, "--label-bits"), words(prefetch, "--prefetch"))
+    axes = (
+        words(budgets, "--budget"),
+        widths,
+        integers(bits, "--label-bits"),
+        words(prefetch, "--prefetch"),
+        words(new_rows, "--new-rows"),
+    )
     settings = [Setting(*point) for point in itertools.product(*axes)]
     for setting in settings:
         setting.config(ctx=1 << 30, seed=0)  # its checks, before anything is loaded

@@ -45,7 +45,7 @@ def write_choice(
 ) -> tuple[Setting, float, Path]:
     """Choose, and write the label maps with the choice in their provenance to OUT.
 
-    `--calibration` with that file then uses its budget and label bits unless others are given.
+    `--calibration` with that file then uses its budget, label bits and new rows unless others are given.
     """
     chosen, mass = choose(lines, target)
     calibration = model.calibration(chosen.channels)
@@ -58,6 +58,7 @@ def write_choice(
     choice = {
         "budget": chosen.budget,
         "label_bits": str(chosen.bits),
+        "new_rows": chosen.new_rows,
         "quality_target": f"{target} of the attention mass",
         "quality_measured": f"{mass:.4f}",
         "quality_contexts": ",".join(sorted({str(line["ctx"]) for line in lines}, key=int)),

@@ -9,11 +9,25 @@ from rich.table import Table
 from .grid import Setting
 from .records import Row
 
-POINT = ("model", "ctx", "budget", "channels", "bits", "prefetch", "task")  # a line of the table
+POINT = ("model", "ctx", "budget", "channels", "bits", "prefetch", "new_rows", "task")  # a line of the table
 
 
 def setting_of(row: Row) -> Setting:
-    return Setting(row["budget"], row["channels"], row["bits"], row["prefetch"])
+    return Setting(row["budget"], row["channels"], row["bits"], row["prefetch"], row.get("new_rows", "none"))
+
+
+def point_of(row: Row) -> dict[str, Any]:
+    """The grid point that a row belongs to; rows of before there was new_rows were selected exactly."""
+    return {"new_rows": "none"} | {name: row[name] for name in POINT if name in row}
+
+
+def by_point(rows: Sequence[Row]) -> list[tuple[dict[str, Any], list[Row]]]:
+    """Every point of the grid with its rows, in the order in which they first come."""
+    points: dict[tuple[Any, ...], tuple[dict[str, Any], list[Row]]] = {}
+    for row in rows:
+        point = point_of(row)
+        points.setdefault(tuple(point[name] for name in POINT), (point, []))[1].append(row)
+    return list(points.values())
 
 
 def dense_rows(rows: Sequence[Row]) -> dict[tuple[Any, ...], Row]:
@@ -32,13 +46,10 @@ def summarise(rows: Sequence[Row], right: float | None) -> list[dict[str, Any]]:
     where there is no dense reference, or with right=None.
     """
     dense = dense_rows(rows)
-    points: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        points.setdefault(tuple(row[name] for name in POINT), []).append(row)
     lines = []
-    for point, mine in points.items():
+    for point, mine in by_point(rows):
         reference = [dense[case_of(row)] for row in mine if case_of(row) in dense]
-        line = dict(zip(POINT, point, strict=True)) | {
+        line = point | {
             "cases": len(mine),
             "score": fmean(row["score"] for row in mine),
             "dense": fmean(row["score"] for row in reference) if reference else None,

@@ -1,0 +1,55 @@
+"""How many new rows a step: what the setting means, and that caches select by it."""
+
+import pytest
+import torch
+
+from offload_runtime.config import RuntimeConfig
+from offload_runtime.errors import UserError
+
+from .models import logits_of, offloaded, random_ids, random_llama
+
+
+@pytest.mark.parametrize(
+    ("ctx", "budget", "new_rows", "expected"),
+    [
+        (262144, "1/16", "auto", 2048),  # an eighth of 16,384
+        (262144, "1/4", "auto", 8192),
+        (131072, "1/16", "auto", 2048),  # a quarter of 8,192
+        (65536, "1/16", "auto", None),  # 4,096 are not more than twice 2,048
+        (262144, 2048, "auto", None),
+        (262144, "1/1", "auto", None),  # dense
+        (262144, "1/16", None, None),
+        (262144, "1/16", "none", None),
+        (262144, "1/16", 512, 512),
+        (262144, "1/16", "1/32", 512),
+        (4096, "1/16", "1/8", 32),
+        (4096, 4, "1/8", 1),
+        (4096, 64, 64, None),  # nothing that it bounds
+    ],
+)
+def test_what_the_setting_means(ctx, budget, new_rows, expected):
+    config = RuntimeConfig(ctx=ctx, budget=budget, new_rows=new_rows)
+    assert config.entering(config.budget_tokens(ctx)) == expected
+
+
+@pytest.mark.parametrize("new_rows", ["few", "0", -3, "3/2", "1/0", ""])
+def test_bad_values_are_refused(new_rows):
+    with pytest.raises(UserError, match="new_rows is"):
+        RuntimeConfig(new_rows=new_rows)
+
+
+def test_caches_select_by_it():
+    model, ids = random_llama(), random_ids(500)
+
+    def run(new_rows):
+        runtime = offloaded(model, budget=24, new_rows=new_rows)
+        logits = logits_of(runtime.generate, ids, 6)[1]
+        return logits, runtime._session.new_rows
+
+    exact, unbound = run("none")
+    auto, small = run("auto")
+    sticky, bound = run("1/8")
+    assert (unbound, small, bound) == (None, None, 3)
+    assert torch.equal(exact, auto)
+    assert torch.equal(exact[:2], sticky[:2])  # the prefill's logits and the first step's: chosen exactly
+    assert not torch.equal(exact[2:], sticky[2:])
