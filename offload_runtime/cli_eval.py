@@ -38,6 +38,7 @@ class EvalRequest:
     bits: str
     prefetch: str
     new_rows: str
+    calibration: str | None
     calibrate_on: list[Path]
     out: Path
     quality: float | None
@@ -53,6 +54,8 @@ def run_eval(request: EvalRequest) -> None:
     choose_device(request.source.device)
     for file in request.calibrate_on:
         check_file(str(file), "--calibrate-on")
+    if request.calibration is not None:
+        check_file(request.calibration, "--calibration")
     pyplot()  # better to miss it now than after hours
     make_folder(request.out)
     known = Results(request.out / f"{suite.name}.jsonl")
@@ -90,9 +93,12 @@ def check_quality(request: EvalRequest) -> None:
 def open_models(request: EvalRequest) -> list[EvalModel]:
     """Every model's config and tokenizer; UserError when two would have one name in the results."""
     source = request.source
+    file = None if request.calibration is None else Path(request.calibration)
     names = [source.name_or_path] if request.models is None else words(request.models, "--model")
     models = [
-        EvalModel(replace(source, name_or_path=name), request.wanted.seed, request.calibrate_on, request.out)
+        EvalModel(
+            replace(source, name_or_path=name), request.wanted.seed, request.calibrate_on, request.out, file
+        )
         for name in names
     ]
     if len({model.name for model in models}) < len(models):

@@ -38,6 +38,7 @@ def evaluate(
         bool, typer.Option("--decode-question", help="Decode the question sparsely too, not only the answer.")
     ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the chat template.")] = False,
+    calibration: opt.CalibrationFile = None,
     calibrate_on: Annotated[
         list[Path] | None, typer.Option(help="Text for label maps of an R that the model has no file for.")
     ] = None,
@@ -84,6 +85,7 @@ def evaluate(
                 bits=label_bits,
                 prefetch=prefetch,
                 new_rows=new_rows,
+                calibration=calibration,
                 calibrate_on=calibrate_on or [],
                 out=out,
                 quality=quality,

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from offload_runtime import OffloadedModel
+from offload_runtime.calibration import Calibration
 from offload_runtime.cli import app
 from offload_runtime.demo import shipped_prose
 from offload_runtime.errors import UserError
@@ -99,6 +101,17 @@ def test_a_torn_line_is_cut_and_only_its_cell_computed(passkey_run, monkeypatch)
     assert json.loads(last)["key"] == json.loads(whole.splitlines()[-1])["key"]
 
 
+def test_results_of_other_label_maps_are_not_taken(passkey_run, monkeypatch, tmp_path):
+    _, arguments = passkey_run
+    own = Calibration.load(PACKAGE / "data" / "tiny-256k" / "calibration.safetensors")
+    other = tmp_path / "other.safetensors"
+    replace(own, key_mean=own.key_mean + 1).save(other)
+    calls = count_calls(monkeypatch)
+    result = evaluate(*arguments, "--calibration", other)
+    assert result.exit_code == 0, result.output
+    assert len(calls) == 4  # every cell again, dense too: its row says which maps were at hand
+
+
 def test_damaged_results_are_refused(tmp_path):
     file = tmp_path / "passkey.jsonl"
     file.write_text('{"key": "a"}\nnonsense\n{"key": "b"}\n')
@@ -122,6 +135,7 @@ def test_damaged_results_are_refused(tmp_path):
         (["passkey", "--new-rows", "some"], "new_rows"),
         (["passkey", "--model", "/nowhere"], "/nowhere"),
         (["passkey", "--calibrate-on", "/nowhere.txt"], "/nowhere.txt"),
+        (["passkey", "--calibration", "/nowhere.safetensors"], "/nowhere.safetensors"),
     ],
 )
 def test_bad_requests_are_one_line(tmp_path, arguments, words):

@@ -1,10 +1,13 @@
 """A model under evaluation: its tokenizer at once, its weights when the first cell needs them."""
 
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..calibrate_command import calibrate_text, read_texts
 from ..calibration import Calibration, config_hash
+from ..calibration_file import own_calibration
 from ..cli_model import config_of, load, plan_of
 from ..config import CALIBRATION_TOKENS, DEFAULT_LABEL_CHANNELS
 from ..engine import OffloadedModel, choose_device
@@ -17,7 +20,11 @@ from .grid import Setting
 
 
 class EvalModel:
-    """One model directory or hub name and the label maps for every R that is asked of it."""
+    """One model directory or hub name and the label maps for every R that is asked of it.
+
+    calibration: a file in place of the one in the model's directory. hash: of its config and of every
+    file that label maps come from; results are kept under it.
+    """
 
     def __init__(
         self,
@@ -25,12 +32,15 @@ class EvalModel:
         seed: int,
         calibrate_on: list[Path],
         out: Path,
+        calibration: Path | None = None,
     ) -> None:
         self.source, self.seed, self.calibrate_on, self.out = source, seed, calibrate_on, out
+        self.file = calibration or own_calibration(source.name_or_path, source.rope_scaling)
         self.name = source.label
         self.config = config_of(source)
         self.shape = check_config(self.config)
-        self.hash = config_hash(self.config)
+        maps = [] if self.file is None else [self.file]
+        self.hash = f"{config_hash(self.config)}-{digest_of([*maps, *calibrate_on])}"
         self.tokenizer = load_tokenizer(source.name_or_path, **source.hub())
         self.loaded: OffloadedModel | None = None
 
@@ -38,7 +48,8 @@ class EvalModel:
         """The loaded model; its weights are shared by all settings."""
         if self.loaded is None:
             try:
-                self.loaded = load(self.source, {})
+                file = None if self.file is None else str(self.file)
+                self.loaded = load(self.source, {"calibration": file})
             except (OSError, ValueError, ImportError) as error:
                 if isinstance(error, UserError):
                     raise
@@ -88,3 +99,11 @@ class EvalModel:
         if self.loaded is not None:
             self.loaded.close()
             self.loaded = None
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """A short hash of the files' bytes, in order."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:8]
