@@ -87,9 +87,10 @@ def dataset(
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    actor: Any = GroupActor  # a class is right here; Ray's types ask for a function
     groups = [{"group": pickle.dumps(group)} for group in documents]
     return ray.data.from_items(groups, override_num_blocks=len(groups)).map(
-        GroupActor,
+        actor,
         fn_constructor_args=(job, load),
         compute=ray.data.ActorPoolStrategy(size=min(actors, len(groups))),
         num_gpus=gpus_per_actor,
