@@ -125,7 +125,7 @@ def chat(
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="1 is none.")] = None,
     ctx: Annotated[
-        int | None, typer.Option(help="Most tokens of the conversation. [default: document + 8192]")
+        int | None, typer.Option(help="Most tokens of the conversation.", show_default="document + 8192")
     ] = None,
     budget: opt.Budget = None,
     budget_mass: opt.BudgetMass = None,
@@ -176,7 +176,7 @@ def calibrate(
     text: Annotated[list[Path] | None, typer.Option(help="The same, as an option; may be repeated.")] = None,
     model: opt.Model = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="File to write. [default: beside the model]")
+        Path | None, typer.Option("--out", "-o", help="File to write.", show_default="beside the model")
     ] = None,
     method: Annotated[
         str, typer.Option(help="projection; learned; greedy; channels, -q or -k: the paper's.")

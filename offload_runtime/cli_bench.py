@@ -25,38 +25,46 @@ def bench(
         str | None,
         typer.Option(help="llama-3.1-8b (default), llama-2-7b, qwen2.5-7b, mixtral-8x7b, tiny."),
     ] = None,
-    ctx: Annotated[str | None, typer.Option(help="Contexts, such as 32768,262144. [default: 262144]")] = None,
-    budget: Annotated[
-        str | None, typer.Option(help="Budgets, such as 512,2048,1/64,1/16. [default: 2048,1/16]")
+    ctx: Annotated[
+        str | None, typer.Option(help="Contexts, such as 32768,262144.", show_default="262144")
     ] = None,
-    batch: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,8. [default: 1]")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Budgets, such as 512,2048,1/64,1/16.", show_default="2048,1/16")
+    ] = None,
+    batch: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,8.", show_default="1")] = None,
     prefetch: Annotated[
-        str | None, typer.Option(help="Prefetch modes. [default: correct,predict,off]")
+        str | None, typer.Option(help="Prefetch modes.", show_default="correct,predict,off")
     ] = None,
     new_rows: Annotated[
         str | None,
-        typer.Option(help="Sticky selections besides: rows or parts of a budget, or none. [default: 2048]"),
+        typer.Option(
+            help="Sticky selections besides: rows or parts of a budget, or none.", show_default="2048"
+        ),
     ] = None,
     resident: Annotated[
         str | None,
-        typer.Option(help="Resident set on, off (cleared before every step), or both. [default: on,off]"),
+        typer.Option(
+            help="Resident set on, off (cleared before every step), or both.", show_default="on,off"
+        ),
     ] = None,
     locality: Annotated[
         str | None,
-        typer.Option(help="no: random; measured: overlaps as a real model's. [default: no,measured]"),
+        typer.Option(help="no: random; measured: overlaps as a real model's.", show_default="no,measured"),
     ] = None,
     baselines: Annotated[
-        str | None, typer.Option(help="dense, streaming, hf-dense, hf-offloaded, or none. [default: all]")
+        str | None,
+        typer.Option(help="dense, streaming, hf-dense, hf-offloaded, or none.", show_default="all"),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Timed steps a row; slow baselines take fewer. [default: 50]")
+        int | None, typer.Option(help="Timed steps a row; slow baselines take fewer.", show_default="50")
     ] = None,
     locality_model: Annotated[
         list[Path] | None,
         typer.Option(help="A model directory whose locality is printed too; may be repeated."),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(help="A UTF-8 text to measure locality on. [default: 64 KB that ship here]")
+        Path | None,
+        typer.Option(help="A UTF-8 text to measure locality on.", show_default="64 KB that ship here"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Toy sizes: seconds, also without a GPU.")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the JSON here, row by row.")] = None,

@@ -11,10 +11,12 @@ from .model_source import ModelSource
 Model = Annotated[
     str | None, typer.Option(help="Model directory or hub name; default: the small model that ships here.")
 ]
-Ctx = Annotated[int | None, typer.Option(help="Most tokens of prompt and answer. [default: 262144]")]
+Ctx = Annotated[int | None, typer.Option(help="Most tokens of prompt and answer.", show_default="262144")]
 Budget = Annotated[
     str | None,
-    typer.Option(help="Tokens attended to per KV head: a count, or a part of the context. [default: 1/16]"),
+    typer.Option(
+        help="Tokens attended to per KV head: a count, or a part of the context.", show_default="1/16"
+    ),
 ]
 BudgetMass = Annotated[
     float | None,
@@ -22,34 +24,34 @@ BudgetMass = Annotated[
         help="Select for every KV head only what holds this share of the attention mass, --budget at most."
     ),
 ]
-Prefetch = Annotated[str | None, typer.Option(help="correct, predict or off. [default: correct]")]
-LabelChannels = Annotated[int | None, typer.Option(help="Label numbers kept of a key. [default: 32]")]
-LabelBits = Annotated[int | None, typer.Option(help="Bits of a label number: 16, 8 or 4. [default: 4]")]
-Sinks = Annotated[int | None, typer.Option(help="First tokens always attended to. [default: 16]")]
-Recent = Annotated[int | None, typer.Option(help="Last tokens always attended to. [default: 64]")]
+Prefetch = Annotated[str | None, typer.Option(help="correct, predict or off.", show_default="correct")]
+LabelChannels = Annotated[int | None, typer.Option(help="Label numbers kept of a key.", show_default="32")]
+LabelBits = Annotated[int | None, typer.Option(help="Bits of a label number: 16, 8 or 4.", show_default="4")]
+Sinks = Annotated[int | None, typer.Option(help="First tokens always attended to.", show_default="16")]
+Recent = Annotated[int | None, typer.Option(help="Last tokens always attended to.", show_default="64")]
 Slots = Annotated[
-    int | None, typer.Option(help="Resident rows per layer and KV head. [default: twice the budget]")
+    int | None, typer.Option(help="Resident rows per layer and KV head.", show_default="twice the budget")
 ]
 NewRows = Annotated[
     str | None,
     typer.Option(
-        help="Sticky selection: new rows a step at most, a count or a part of the budget; or none, for exact "
-        "selection. [default: 2048 or 1/8, if the budget is more than twice that]"
+        help="Sticky selection: new rows a step at most, a count or a part of the budget; none is exact.",
+        show_default="auto: 2048 or 1/8 of the budget, for budgets of more than twice that",
     ),
 ]
-ChunkTokens = Annotated[int | None, typer.Option(help="Tokens a prefill chunk. [default: by device]")]
+ChunkTokens = Annotated[int | None, typer.Option(help="Tokens a prefill chunk.", show_default="by device")]
 CalibrationFile = Annotated[str | None, typer.Option("--calibration", help="A file from `calibrate`.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of sampling.")]
 Audit = Annotated[
     int | None,
     typer.Option(
-        help="Compare every N-th decode step with exact attention; its cost is printed. [default: off]"
+        help="Compare every N-th decode step with exact attention; its cost is printed.", show_default="off"
     ),
 ]
 NoCudaGraph = Annotated[bool, typer.Option("--no-cuda-graph", help="Run decode steps without a CUDA graph.")]
 Placement = Annotated[
     str | None,
-    typer.Option(help="Where KV rows are kept: host, gpu, or auto (gpu if they fit). [default: host]"),
+    typer.Option(help="Where KV rows are kept: host, gpu, or auto (gpu if they fit).", show_default="host"),
 ]
 GpuMemory = Annotated[
     float | None, typer.Option(help="GB of GPU memory to use at most, as if the card had no more.")
@@ -65,7 +67,7 @@ LoadCache = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cuda or cpu.")]
 Dtype = Annotated[
-    str | None, typer.Option(help="bfloat16, float16 or float32. [default: the model's; float32 on CPU]")
+    str | None, typer.Option(help="bfloat16, float16 or float32.", show_default="the model's; float32 on CPU")
 ]
 Revision = Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")]
 Token = Annotated[str | None, typer.Option(help="Hub access token.", envvar="HF_TOKEN", show_envvar=True)]

@@ -271,6 +271,15 @@ def test_reader_that_goes_away() -> None:
     assert error == ""
 
 
+def test_help_shows_the_defaults() -> None:
+    """The defaults of RuntimeConfig stand in the options' texts, where the option itself has none."""
+    shown, defaults = run("generate", "--help").stdout, RuntimeConfig()
+    for name in ("ctx", "budget", "prefetch", "label_bits", "sinks", "recent", "placement", "new_rows"):
+        option = "--" + name.replace("_", "-")
+        text = shown.split(option + " ", 1)[1].split(" --", 1)[0]
+        assert f"({getattr(defaults, name)}" in text, option
+
+
 def test_help_needs_no_torch() -> None:
     code = (
         "import sys; from offload_runtime.cli import app; "
