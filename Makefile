@@ -8,17 +8,18 @@ RUN = PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYT
 demo:
 	$(RUN) -m offload_runtime demo
 
+# Workers of one thread each: OpenMP threads of several processes would wait for each other.
 test:
-	$(RUN) -m pytest -q -m "not gpu and not model and not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 8 --dist loadfile -m "not gpu and not model and not slow"
 
 test-gpu:
-	$(RUN) -m pytest -q -m "gpu or not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 12 --dist loadfile -m "gpu or not slow"
 
 check:
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+# TEXTS: a folder with the three books that bench/reproduce.py names; without it what needs them is left out.
 bench:
-	$(RUN) -m bench.ops
-	$(RUN) -m offload_runtime bench --out bench/results/decode.json
+	$(RUN) -m bench.reproduce --texts "$(TEXTS)" --out bench/results

@@ -10,11 +10,12 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
+from offload_runtime.bench.machine import machine
 from offload_runtime.bench.timing import graph_ms, hbm_copy_gb_s, pinned_copy_gb_s
 from offload_runtime.kernels.append import append_rows
 from offload_runtime.kernels.gather import gather_rows, gather_rows_triton
@@ -22,6 +23,7 @@ from offload_runtime.kernels.labels import code_width, make_labels, make_labels_
 from offload_runtime.kernels.query_labels import query_labels, query_labels_triton
 from offload_runtime.kernels.residency import resolve
 from offload_runtime.kernels.scores import label_scores, label_scores_triton
+from offload_runtime.kernels.select_cluster import cluster_select_available, select_by_labels_cluster
 from offload_runtime.kernels.sparse_decode import sparse_attention, sparse_attention_triton
 from offload_runtime.kernels.topk import select_topk
 
@@ -112,6 +114,44 @@ def bench_topk(shape: Shape, budget: int):
     args = (budgets, shape.lengths(), shape.sinks, shape.recent, tokens, counts)
     calls: Calls = [partial(select_topk, s, *args) for s in scores]
     yield Timing(f"select_topk k={budget}", "default", 4 * b * h * (n + budget), "hbm"), calls
+
+
+def bench_select(shape: Shape, bits: int, channels: int, budget: int, new_rows: int):
+    """Scores and selection in one kernel; new_rows 0: exact selection."""
+    b, h, n = shape.batch, shape.kv_heads, shape.tokens
+    width = code_width(channels, bits)
+    if bits == 16:
+        codes = [torch.randn(b, h, n, width, device="cuda").half() for _ in range(LAYERS)]
+    else:
+        size = (b, h, n, width)
+        codes = [torch.randint(256, size, dtype=torch.uint8, device="cuda") for _ in range(LAYERS)]
+    scales = torch.rand(b, h, n, 2, device="cuda").half()
+    query, offsets = (
+        torch.randn(b, shape.heads, channels, device="cuda"),
+        torch.zeros(b, shape.heads, device="cuda"),
+    )
+    tokens, counts = torch.full((b, h, budget), -1, **INT32), torch.zeros(b, h, **INT32)
+    limits = (torch.full((b, h), budget, **INT32), shape.lengths(), shape.sinks, shape.recent)
+    previous = tokens if new_rows else None
+    moved = b * h * n * (width * codes[0].element_size() + 4 * (bits < 16)) + 4 * b * h * budget
+    calls: Calls = [
+        partial(
+            select_by_labels_cluster,
+            query,
+            offsets,
+            c,
+            scales,
+            bits,
+            *limits,
+            tokens,
+            counts,
+            previous,
+            new_rows,
+        )
+        for c in codes
+    ]
+    kind = f", {new_rows} new" if new_rows else ""
+    yield Timing(f"select {channels} x {bits} bit, k={budget}{kind}", "cluster", moved, "hbm"), calls
 
 
 def bench_resolve(shape: Shape, budget: int):
@@ -242,6 +282,10 @@ def all_benches(shape: Shape, sweep: bool):
     for new_tokens in (1, 8192):
         yield from bench_make_labels(shape, new_tokens, sweep)
     yield from bench_query_labels(shape, sweep)
+    if cluster_select_available(torch.device("cuda"), shape.tokens):
+        for bits, channels in ((4, 32), (16, 16)):
+            for budget, new_rows in ((2048, 0), (16_384, 0), (16_384, 2048)):
+                yield from bench_select(shape, bits, channels, budget, new_rows)
 
 
 def report(timing: Timing, ceilings: dict[str, float]) -> dict:
@@ -263,20 +307,22 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="also try other launch configurations")
     parser.add_argument("--tokens", type=int, default=Shape.tokens)
     parser.add_argument("--batch", type=int, default=Shape.batch)
+    parser.add_argument("--out", type=Path, help="also write the JSON object here")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench.ops times kernels on a CUDA GPU, and torch finds none here.")
     shape = Shape(batch=options.batch, tokens=options.tokens)
     torch.manual_seed(0)
     ceilings = {"hbm": hbm_copy_gb_s(), "pcie": pinned_copy_gb_s()}
-    gpu = torch.cuda.get_device_name()
-    print(f"{gpu}: HBM copy {ceilings['hbm']:.0f} GB/s, pinned copy {ceilings['pcie']:.1f} GB/s")
+    print(f"HBM copy {ceilings['hbm']:.0f} GB/s, pinned copy {ceilings['pcie']:.1f} GB/s")
     results = []
     for timing, calls in all_benches(shape, options.sweep):
         timing.us = round(graph_ms(calls) * 1e3, 2)
         results.append(report(timing, ceilings))
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    print(json.dumps({"gpu": gpu, **versions, "shape": asdict(shape), "ceilings": ceilings, "ops": results}))
+    figures = {"machine": machine(), "shape": asdict(shape), "ceilings": ceilings, "ops": results}
+    if options.out is not None:
+        options.out.write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":
