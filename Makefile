@@ -10,10 +10,10 @@ demo:
 
 # Workers of one thread each: OpenMP threads of several processes would wait for each other.
 test:
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 8 --dist loadfile -m "not gpu and not model and not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 8 -m "not gpu and not model and not slow"
 
 test-gpu:
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 12 --dist loadfile -m "gpu or not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 12 -m "gpu or not slow"
 
 check:
 	$(RUN) -m ruff check .

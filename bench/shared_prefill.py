@@ -76,7 +76,7 @@ def open_runtime(
 ) -> SharedPrefill:
     """Another runtime on the same weights, for one kind of label.
 
-    As many new rows enter a step under any budget as sticky selection lets in under the setting's own.
+    As many new rows enter a step under every budget as under the setting's own.
     """
     config = setting.config(ctx, seed=0, **more)
     new_rows = config.entering(config.budget_tokens(ctx))

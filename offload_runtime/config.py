@@ -37,8 +37,8 @@ class RuntimeConfig:
     sinks, recent: first and last tokens that are always attended to.
     slots: resident rows per layer and KV head; default twice the budget.
     new_rows: sticky selection: at most this many new rows a step and KV head, as a count or as a
-        part of ctx's budget ("1/8"). "auto": the larger of 2,048 and an eighth of ctx's budget, in caches
-        that select more than twice that but not most of ctx; others select exactly. "none" or None: exactly.
+        part of ctx's budget ("1/8"). "auto": the larger of 2,048 and an eighth of ctx's budget; exactly for
+        budgets above half of ctx. "none" or None: exact selection. Budgets up to this many rows are exact.
     chunk_tokens: tokens a prefill chunk; default by device.
     calibration: path of a calibration file; default the model's own, else self-calibration.
     cuda_graph: replay decode steps as one CUDA graph.
@@ -102,14 +102,17 @@ class RuntimeConfig:
         return min(budget, tokens)
 
     def entering(self, budget_tokens: int) -> int | None:
-        """Sticky selection's new rows a step in caches that select at most budget_tokens; None: exact."""
+        """Sticky selection's new rows a step in caches that select at most budget_tokens; None: exact.
+
+        The number depends on ctx alone, so that a sequence selects alike in caches of any size and beside
+        any others.
+        """
         most = self.budget_tokens(self.ctx)
         if self.new_rows == "auto":
-            count = max(STICKY_ROWS, most // STICKY_PART)
-            return count if budget_tokens > 2 * count and 2 * most <= self.ctx else None
-        limit = parse_new_rows(self.new_rows)
-        if isinstance(limit, Fraction):
-            limit = max(1, int(limit * most))
+            limit = max(STICKY_ROWS, most // STICKY_PART) if 2 * most <= self.ctx else None
+        else:
+            limit = parse_new_rows(self.new_rows)
+            limit = max(1, int(limit * most)) if isinstance(limit, Fraction) else limit
         return limit if limit is not None and limit < budget_tokens else None
 
     def capacity(self, tokens: int) -> int:

@@ -15,7 +15,8 @@ from .models import logits_of, offloaded, random_ids, random_llama
         (262144, "1/16", "auto", 2048),  # an eighth of 16,384
         (262144, "1/4", "auto", 8192),
         (131072, "1/16", "auto", 2048),  # a quarter of 8,192
-        (65536, "1/16", "auto", None),  # 4,096 are not more than twice 2,048
+        (65536, "1/16", "auto", 2048),  # half of 4,096
+        (32768, "1/16", "auto", None),  # 2,048
         (262144, 2048, "auto", None),
         (262144, "1/1", "auto", None),  # dense
         (262144, "1/16", None, None),
@@ -36,6 +37,12 @@ def test_what_the_setting_means(ctx, budget, new_rows, expected):
 def test_bad_values_are_refused(new_rows):
     with pytest.raises(UserError, match="new_rows is"):
         RuntimeConfig(new_rows=new_rows)
+
+
+def test_the_number_depends_on_ctx_alone():
+    config = RuntimeConfig(ctx=262144, budget="1/16")
+    numbers = {tokens: config.entering(config.budget_tokens(tokens)) for tokens in (32768, 65536, 262144)}
+    assert numbers == {32768: None, 65536: 2048, 262144: 2048}  # 2,048 of 2,048 bound nothing
 
 
 def test_caches_select_by_it():
