@@ -44,7 +44,8 @@ class Calibration:
     float32. unpredicted_layers: those whose prediction from the layer before is
     poor, layer 0 always. provenance: model, config (JSON), config_hash, text_hash,
     tokens, method, label_channels, versions, date. mass_curve: what budgets hold, where
-    it was measured.
+    it was measured. input_shift [L, E] float32: how far a layer's input is from the layer
+    before's on average, which predictions add (calibration_shift.py); None: not known.
     """
 
     query_map: torch.Tensor
@@ -53,10 +54,13 @@ class Calibration:
     unpredicted_layers: tuple[int, ...]
     provenance: dict[str, str]
     mass_curve: MassCurve | None = None
+    input_shift: torch.Tensor | None = None
 
     def save(self, path: str | Path) -> None:
         """Write the safetensors file whole or not at all; RunError when that fails."""
         tensors = {name: getattr(self, name).float().cpu().contiguous() for name in TENSORS}
+        if self.input_shift is not None:
+            tensors[SHIFT] = self.input_shift.float().cpu().contiguous()
         layers = ",".join(map(str, self.unpredicted_layers))
         metadata = {**self.provenance, "unpredicted_layers": layers}
         if self.mass_curve is not None:
@@ -78,6 +82,7 @@ class Calibration:
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in TENSORS}
+                shift = file.get_tensor(SHIFT) if SHIFT in file.keys() else None  # noqa: SIM118
                 metadata = dict(file.metadata() or {})
                 contexts = metadata.pop(CONTEXTS, None)
                 curve = None
@@ -91,7 +96,13 @@ class Calibration:
             raise UserError(
                 f"{path} is not a calibration file ({error}); make one with `ds-offload calibrate`"
             ) from error
-        return cls(**tensors, unpredicted_layers=layers, provenance=metadata, mass_curve=curve)
+        return cls(
+            **tensors,
+            unpredicted_layers=layers,
+            provenance=metadata,
+            mass_curve=curve,
+            input_shift=shift,
+        )
 
     def check(self, config: Any) -> None:
         """UserError when this calibration belongs to another model than config's, saying which."""
@@ -118,6 +129,7 @@ class Calibration:
 
 
 TENSORS = ("query_map", "key_map", "key_mean")
+SHIFT = "input_shift"
 HELD_MASS, CONTEXTS = "held_mass", "held_mass_contexts"  # a mass curve's tensor and metadata
 
 

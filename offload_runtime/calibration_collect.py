@@ -22,6 +22,7 @@ from .adapter import AttentionCall, ModelAdapter
 from .calibration import Calibration, config_facts, config_hash
 from .calibration_maps import LayerMoments, check_request, maps_of_layers
 from .calibration_mass import MassCurve, MassSums, query_places
+from .calibration_shift import ShiftSums
 from .errors import UserError
 from .kernels.prefill_attention import prefill_attention
 
@@ -30,17 +31,19 @@ Progress = Callable[[int, int], None]  # (layers x blocks done, layers x blocks 
 SELECTED_SHARE = 16  # predictions are judged by the best N/16 keys, the paper's budget
 SAMPLED_QUERIES = 8  # a block; spread over its second half, where N/16 is a real choice
 PROMPT_TOKENS = 1024  # of a prompt when there is no file; 4,096 gain under 0.004 (bench/results/labels.json)
-# Measured on SmolLM2-135M and tiny-256k: layers that predict badly reach 0.13-0.29, the others 0.5-0.82.
+# Without shifts (calibration_shift.py) the first two predicted layers of SmolLM2-135M and tiny-256k reach
+# 0.14 to 0.42 and the others 0.7 to 0.9; with them the least is 0.68. Below a half it fetches mostly in vain.
 MIN_RECALL = 0.5
 
 
 @dataclass
 class Collection:
-    """What all blocks gave: moments of each layer, recalls of its predicted selection by block, held mass."""
+    """What all blocks gave: by layer moments, recalls of the predicted selection, held mass and shifts."""
 
     moments: list[LayerMoments | None]
     recalls: list[list[float]] = field(default_factory=list)
     mass: list[MassSums | None] = field(default_factory=list)
+    shifts: ShiftSums = field(default_factory=ShiftSums)
 
     @classmethod
     def of(cls, layers: int) -> "Collection":
@@ -147,7 +150,9 @@ class BlockRun:
         """Give row 1 the hidden states of row 0; guess this layer's query from the layer before's input."""
         hidden[1] = hidden[0]
         if self.hidden is not None:
-            query, _ = self.adapter.predicted_query(index, self.hidden, keywords)
+            self.result.shifts.add(index, hidden[0], self.hidden[0])
+            shift = self.result.shifts.mean(index).to(hidden.dtype)  # of the blocks so far
+            query, _ = self.adapter.predicted_query(index, self.hidden + shift, keywords)
             self.predicted = query[0, :, self.sampled]  # [Hq, P, D]
         self.hidden = hidden
 
@@ -240,7 +245,8 @@ def make_calibration(
         **facts,
     }
     layers, curve = collection.unpredicted_layers(), collection.mass_curve()
-    return Calibration(query_map, key_map, key_mean, layers, provenance, curve)
+    shift = collection.shifts.means(len(maps))
+    return Calibration(query_map, key_map, key_mean, layers, provenance, curve, shift)
 
 
 def provenance_of(config: Any, method: str, channels: int) -> dict[str, str]:

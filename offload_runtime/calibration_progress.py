@@ -20,7 +20,7 @@ from .calibration_maps import MOMENTS, LayerMoments
 from .calibration_mass import MassSums
 from .errors import RunError
 
-FORMAT = "ds-offload calibration progress 1"
+FORMAT = "ds-offload calibration progress 2"
 
 
 class Progress:
@@ -81,6 +81,9 @@ def pack(collection: Collection) -> dict[str, torch.Tensor]:
         assert mass is not None
         tensors[f"{index}.held"], tensors[f"{index}.queries"] = mass.held, mass.queries
         tensors[f"{index}.recalls"] = torch.tensor(collection.recalls[index], dtype=torch.float64)
+    for index, moved in collection.shifts.sums.items():
+        tensors[f"{index}.shift"] = moved.cpu()
+        tensors[f"{index}.shift_tokens"] = torch.tensor(collection.shifts.tokens[index])
     return tensors
 
 
@@ -96,6 +99,9 @@ def unpack(tensors: dict[str, torch.Tensor], device: torch.device) -> Collection
         mass.held, mass.queries = tensors[f"{index}.held"], tensors[f"{index}.queries"]
         collection.mass[index] = mass
         collection.recalls[index] = tensors[f"{index}.recalls"].tolist()
+        if f"{index}.shift" in tensors:
+            collection.shifts.sums[index] = tensors[f"{index}.shift"].to(device)
+            collection.shifts.tokens[index] = int(tensors[f"{index}.shift_tokens"])
     return collection
 
 

@@ -108,11 +108,13 @@ class RuntimeConfig:
         any others.
         """
         most = self.budget_tokens(self.ctx)
+        limit: int | Fraction | None
         if self.new_rows == "auto":
             limit = max(STICKY_ROWS, most // STICKY_PART) if 2 * most <= self.ctx else None
         else:
             limit = parse_new_rows(self.new_rows)
-            limit = max(1, int(limit * most)) if isinstance(limit, Fraction) else limit
+        if isinstance(limit, Fraction):
+            limit = max(1, int(limit * most))
         return limit if limit is not None and limit < budget_tokens else None
 
     def capacity(self, tokens: int) -> int:

@@ -140,11 +140,16 @@ class DecodeLoop:
         return handle
 
 
-def query_predictor(adapter: ModelAdapter) -> Callable[..., tuple[torch.Tensor, float]]:
-    """The prefetcher's view of the adapter: one predicted query [B, Hq, D] and its scale."""
+def query_predictor(
+    adapter: ModelAdapter, input_shift: torch.Tensor
+) -> Callable[..., tuple[torch.Tensor, float]]:
+    """The prefetcher's view of the adapter: one predicted query [B, Hq, D] and its scale.
+
+    input_shift [L, E]: what the layer before adds to its input on average.
+    """
 
     def predict(index: int, hidden: torch.Tensor, keywords: dict[str, Any]) -> tuple[torch.Tensor, float]:
-        query, scale = adapter.predicted_query(index, hidden, keywords)
+        query, scale = adapter.predicted_query(index, hidden + input_shift[index].to(hidden.dtype), keywords)
         return query[:, :, 0], scale
 
     return predict

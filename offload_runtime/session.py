@@ -58,12 +58,16 @@ class Session:
         active = torch.ones(batch, dtype=torch.int32, device=device)
         self.state = BatchState(integers(batch), integers(batch), integers(1), active)
         self.memory = memory or RowMemory(device)
+        # In place for good, as the label maps are: a captured graph reads it.
+        self.input_shift = torch.zeros(
+            len(adapter.layers), adapter.shape.hidden, dtype=adapter.dtype, device=device
+        )
         self.caches = [self._make_cache(window) for window in biting(adapter.windows, capacity)]
         self.offloaded = {i: cache for i, cache in enumerate(self.caches) if isinstance(cache, LayerCache)}
         self.prefetcher = Prefetcher(
             self.layout,
             self.offloaded,
-            query_predictor(adapter),
+            query_predictor(adapter, self.input_shift),
             predicted_layers(config, calibration, self.offloaded),
             config.prefetch == "predict",
             device,
@@ -91,6 +95,10 @@ class Session:
     def calibrate(self, calibration: Calibration) -> None:
         """Give every offloaded layer its label maps; labels made before are of no use afterwards."""
         self.calibration = calibration
+        if calibration.input_shift is None:
+            self.input_shift.zero_()
+        else:
+            self.input_shift.copy_(calibration.input_shift)
         for index, cache in self.offloaded.items():
             maps = (calibration.query_map, calibration.key_map, calibration.key_mean)
             cache.maps.set(*(part[index] for part in maps))

@@ -94,7 +94,9 @@ def side_files(out):
 
 def same(one, other):
     a, b = Calibration.load(one), Calibration.load(other)
-    pairs = [(getattr(a, name), getattr(b, name)) for name in ("query_map", "key_map", "key_mean")]
+    pairs = [
+        (getattr(a, name), getattr(b, name)) for name in ("query_map", "key_map", "key_mean", "input_shift")
+    ]
     pairs.append((a.mass_curve.held, b.mass_curve.held))
     return all(torch.equal(x, y) for x, y in pairs) and a.unpredicted_layers == b.unpredicted_layers
 

@@ -1,0 +1,95 @@
+"""What a layer adds to its input on average, and that predictions start from there."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from offload_runtime.adapter import ModelAdapter
+from offload_runtime.calibration_collect import calibrate_prompt
+from offload_runtime.calibration_shift import SKIPPED_TOKENS, ShiftSums
+
+from .models import identity_calibration, logits_of, offloaded, random_ids, random_llama
+
+
+def test_means_leave_the_first_tokens_out_and_parts_add_up():
+    before, after = torch.randn(100, 8), torch.randn(100, 8)
+    after[:SKIPPED_TOKENS] += 1000  # attention sinks
+    whole, parts = ShiftSums(), ShiftSums()
+    whole.add(1, after, before)
+    expected = (after - before)[SKIPPED_TOKENS:].mean(0)
+    torch.testing.assert_close(whole.mean(1), expected)
+    parts.add(1, after[:60], before[:60])
+    parts.add(1, after[60 - SKIPPED_TOKENS :], before[60 - SKIPPED_TOKENS :])
+    torch.testing.assert_close(parts.mean(1), expected)
+    assert torch.equal(whole.means(2)[0], torch.zeros(8))
+
+
+def test_too_few_tokens_shift_nothing():
+    sums = ShiftSums()
+    sums.add(1, torch.randn(5, 8), torch.randn(5, 8))
+    assert torch.equal(sums.means(2), torch.zeros(2, 8))
+    assert ShiftSums().means(1) is None
+
+
+def test_a_calibration_has_the_shift_of_its_text():
+    model, ids = random_llama(), random_ids(200)
+    made = calibrate_prompt(ModelAdapter(model), ids[0], 16, positions=4096)
+    inputs: list[torch.Tensor] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0][0]))
+        for layer in model.model.layers
+    ]
+    with torch.no_grad():
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    for index in (1, 2):
+        moved = (inputs[index] - inputs[index - 1])[SKIPPED_TOKENS:].mean(0)
+        torch.testing.assert_close(made.input_shift[index], moved, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_predictions_start_from_the_shifted_input(known, monkeypatch):
+    model, ids = random_llama(), random_ids(120)
+    calibration = identity_calibration(model)
+    shift = torch.randn(3, model.config.hidden_size)
+    if known:
+        calibration = replace(calibration, input_shift=shift)
+    runtime = offloaded(model, budget=24, prefetch="correct")
+    runtime.calibration = calibration
+    asked: list[tuple[int, torch.Tensor]] = []
+    inputs: dict[int, torch.Tensor] = {}
+    plain = ModelAdapter.predicted_query
+
+    def watched(self, index, hidden, keywords):
+        asked.append((index, hidden))
+        return plain(self, index, hidden, keywords)
+
+    monkeypatch.setattr(ModelAdapter, "predicted_query", watched)
+    runtime.generate(ids, max_new_tokens=2, do_sample=False)  # one step
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, arguments, i=index: inputs.__setitem__(i, arguments[0]))
+        for index, layer in enumerate(model.model.layers)
+    ]
+    asked.clear()
+    runtime._session.step(torch.tensor([5]))
+    for hook in hooks:
+        hook.remove()
+    assert [index for index, _ in asked] == [1, 2]
+    for index, hidden in asked:
+        expected = inputs[index - 1] + (shift[index] if known else 0)
+        torch.testing.assert_close(hidden, expected)
+
+
+def test_a_shift_changes_no_bit_of_correct():
+    model, ids = random_llama(), random_ids(300)
+    calibration = replace(identity_calibration(model), input_shift=torch.randn(3, model.config.hidden_size))
+
+    def logits(prefetch: str) -> torch.Tensor:
+        runtime = offloaded(model, budget=24, prefetch=prefetch)
+        runtime.calibration = calibration
+        return logits_of(runtime.generate, ids, 8)[1]
+
+    assert torch.equal(logits("correct"), logits("off"))
+    assert not torch.equal(logits("predict"), logits("off"))
