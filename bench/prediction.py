@@ -1,4 +1,4 @@
-"""How well a layer's selection is predicted from its predecessor's input, and what correcting that input gains.
+"""How well a layer's selection is predicted from its predecessor's input, and what correcting that gains.
 
     python -m bench.prediction --model DIR --calibrate wealth_of_nations.txt --test moby_dick.txt --out FILE
 
@@ -101,7 +101,7 @@ class Found:
 
 @torch.no_grad()
 def run(adapter: ModelAdapter, ids: torch.Tensor, observe: Observer, handle: CallHandler) -> None:
-    """Dense attention over ids [T]; observe(layer, its input, the one before's, keywords), handle(layer, call)."""
+    """Dense attention over ids [T]; observe(layer, its input, that of the one before, keywords)."""
     before: list[torch.Tensor] = []
 
     def observer(index: int, hidden: torch.Tensor, keywords: dict[str, Any]) -> None:
