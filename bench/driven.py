@@ -122,9 +122,9 @@ class DrivenSession(Session):
         """Which tokens of layer 0 a query [B, Hq, D] selects: [B, Hkv, N] bool."""
         cache, selection = self.offloaded[0], self.prefetcher.selection
         cache.resident.clear()  # no step passes between them: no slot would be free
-        previous, cache.previous = cache.previous, None  # sticky selection aside
+        history, cache.history = cache.history, None  # sticky selection aside
         cache.choose(query, self.layout.head_dim**-0.5, selection, self.prefetcher.work, TRUE)
-        cache.previous = previous
+        cache.history = history
         chosen = torch.zeros_like(cache.resident.slot_of_token, dtype=torch.bool)
         count = int(selection.counts.min())  # the same for all: lengths and budgets are
         return chosen.scatter_(-1, selection.tokens[..., :count].long(), True)

@@ -7,6 +7,7 @@ import torch
 from ..kernels.append import append_rows
 from ..kernels.gather import gather_rows
 from ..kernels.query_labels import query_labels
+from ..kernels.remember import remember
 from ..kernels.residency import resolve
 from ..kernels.scores import label_scores
 from ..kernels.select_cluster import cluster_select_available, select_by_labels_cluster
@@ -17,7 +18,7 @@ from .host_rows import HostRows, Lender
 from .label_cache import LabelCache, LabelMaps
 from .layout import KVLayout
 from .resident_set import ResidentSet
-from .selection import Selection, Workspace
+from .selection import History, Selection, Workspace
 
 PREDICTED, TRUE = 0, 1  # phases of a step, the second index of the counters
 
@@ -56,25 +57,26 @@ class LayerCache:
         self.labels = LabelCache(layout, device)
         self.resident = ResidentSet(layout, device)
         self.maps = LabelMaps(layout, device)
-        self.previous = Selection(layout, device) if new_rows is not None else None
+        steps = None if new_rows is None else layout.remembered_steps(new_rows)
+        self.history = None if steps is None else History(layout, steps, device)
         self.one_kernel = cluster_select_available(device, layout.capacity)
         heads = (layout.batch, layout.kv_heads)
         self.budgets = torch.zeros(heads, dtype=torch.int32, device=device)  # K of each KV head
         self.counters = torch.zeros(layout.batch, 2, 3, dtype=torch.int64, device=device)
 
     def clear(self) -> None:
-        """Start clean: nothing resident, nothing counted, no previous selection."""
+        """Start clean: nothing resident, nothing counted, no selection remembered."""
         self.resident.clear()
         self.counters.zero_()
-        if self.previous is not None:
-            self.previous.clear()
+        if self.history is not None:
+            self.history.clear()
 
     def clear_place(self, place: int) -> None:
         """Start one sequence's place clean and leave the others as they are."""
         self.resident.clear_place(place)
         self.counters[place].zero_()
-        if self.previous is not None:
-            self.previous.clear_place(place)
+        if self.history is not None:
+            self.history.clear_place(place)
 
     def make_slots(self) -> None:
         """Allocate the slots unless they exist."""
@@ -108,7 +110,7 @@ class LayerCache:
         label_arguments = (labels, offsets, cache.codes, cache.scales, cache.bits)
         chosen = (selection.tokens, selection.counts)
         if self.one_kernel:
-            before = None if self.previous is None else self.previous.tokens
+            before = None if self.history is None else self.history.tokens
             limits = (self.budgets, state.lengths, *fixed)
             select_by_labels_cluster(*label_arguments, *limits, *chosen, before, self.new_rows or 0)
         else:
@@ -119,10 +121,10 @@ class LayerCache:
         resolve(*chosen, *slot_maps, state.step, phase, *misses)
 
     def _top_k(self, selection: Selection, work: Workspace) -> None:
-        """The best-scored tokens, or with a previous selection the sticky ones."""
+        """The best-scored tokens, or with a history the sticky ones."""
         state, fixed = self.state, (self.resident.sinks, self.resident.recent)
         chosen = (selection.tokens, selection.counts)
-        if self.previous is None:
+        if self.history is None:
             select_topk(work.scores, self.budgets, state.lengths, *fixed, *chosen)
             return
         sticky_topk(
@@ -131,8 +133,8 @@ class LayerCache:
             self.new_rows or 0,
             state.lengths,
             *fixed,
-            self.previous.tokens,
-            self.previous.counts,
+            self.history.tokens,
+            self.history.counts,
             *chosen,
         )
 
@@ -142,9 +144,9 @@ class LayerCache:
         gather_rows(self.host.rows, *misses, self.resident.slots, self.layout.fixed_slots)
 
     def keep(self, selection: Selection) -> None:
-        """Remember the selection that was attended to: the next sticky selection starts from it."""
-        if self.previous is not None:
-            self.previous.copy_from(selection)
+        """Remember the selection that was attended to: the next sticky selections start from it."""
+        if self.history is not None:
+            remember(selection.tokens, selection.counts, self.history.steps)
 
     def attend(
         self,

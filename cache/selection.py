@@ -1,4 +1,4 @@
-"""A selection and the buffers that a selection is made in."""
+"""A selection, the last steps' selections, and the buffers that a selection is made in."""
 
 import torch
 
@@ -13,17 +13,25 @@ class Selection:
         self.tokens = torch.full(shape, -1, dtype=torch.int32, device=device)
         self.counts = torch.zeros(shape[:2], dtype=torch.int32, device=device)
 
+
+class History:
+    """The selections of the last steps, the members of a sticky selection: kernels/remember.py.
+
+    steps [B, Hkv, W, K]; tokens [B, Hkv, W K] and counts [B, Hkv] are the same as one list with gaps of -1.
+    """
+
+    def __init__(self, layout: KVLayout, steps: int, device: torch.device) -> None:
+        heads = (layout.batch, layout.kv_heads)
+        shape = (*heads, steps, layout.budget)
+        self.steps = torch.full(shape, -1, dtype=torch.int32, device=device)
+        self.tokens = self.steps.view(*heads, steps * layout.budget)
+        self.counts = torch.full(heads, steps * layout.budget, dtype=torch.int32, device=device)
+
     def clear(self) -> None:
-        self.tokens.fill_(-1)
-        self.counts.zero_()
+        self.steps.fill_(-1)
 
     def clear_place(self, place: int) -> None:
-        self.tokens[place].fill_(-1)
-        self.counts[place].zero_()
-
-    def copy_from(self, other: "Selection") -> None:
-        self.tokens.copy_(other.tokens)
-        self.counts.copy_(other.counts)
+        self.steps[place].fill_(-1)
 
 
 class Workspace:

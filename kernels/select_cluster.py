@@ -56,8 +56,8 @@ def select_by_labels_cluster(
     query_labels [B, Hq, R] and offsets [B, Hq] float32; codes [B, Hkv, N,
     code_width] and scales [B, Hkv, N, 2]: the label cache; budgets [B, Hkv] and
     lengths [B] int32; tokens [B, Hkv, K] and counts [B, Hkv] int32 are written.
-    previous_tokens [B, Hkv, K'] int32 is -1 past its count, all -1 when there is
-    no previous selection; it may be `tokens` itself. All tensors contiguous.
+    previous_tokens [B, Hkv, K'] int32: the members of a sticky selection, each once, -1
+    is a gap; it may be `tokens` itself. All tensors contiguous.
     Scores are rounded differently from label_scores (a relative 1e-6 or so), so
     tokens of nearly equal score may change places; the same input gives the same bits.
     """

@@ -1,11 +1,10 @@
 """Sticky selection: the k best-scored tokens, with at most `new_rows` of them new.
 
-When more than new_rows tokens of the exact top-k are outside the previous
-selection, the selection is the new_rows best of those outside and the best
-members of the previous one. Tail tokens of nearly equal score are
-interchangeable, so this holds the attention mass (0.995 to 0.999 of exact top-k
-with new_rows = k / 16, measured on two models; DESIGN.md section 2) while it
-bounds what a step has to bring over PCIe.
+Members are the tokens of the last selections (remember.py). When more than
+new_rows tokens of the exact top-k are no members, the selection is the new_rows
+best of those outside and the best members. Tail tokens of nearly equal score
+are interchangeable, so this holds the attention mass (bench/results/sticky)
+while it bounds what a step has to bring over PCIe.
 """
 
 import torch
@@ -40,9 +39,9 @@ def sticky_topk_reference(
 
     scores [B, Hkv, N] float32; budgets [B, Hkv] int32: k of each KV head, at most
     K; lengths [B] int32; previous_tokens [B, Hkv, K'] and previous_counts [B, Hkv]
-    int32: the previous selection, of which only selectable tokens count. tokens
-    [B, Hkv, K] int32 (ascending, -1 past the count) and counts [B, Hkv] int32 as
-    select_topk writes them; they may be the previous selection's own buffers.
+    int32: the members, each once, of which only selectable tokens count; -1 is a
+    gap. tokens [B, Hkv, K] int32 (ascending, -1 past the count) and counts [B, Hkv]
+    int32 as select_topk writes them; they may be the members' own buffers.
     Ties go to the earliest token. A selection always has k tokens: with fewer
     than k - new_rows members (none at the first step), others take their place.
     """

@@ -39,6 +39,11 @@ def append(dtype: str, dim: int, dim_pad: int) -> Case:
     return Case("append", "_append_rows_kernel", pointers | {"lengths": "*i32"}, sizes, num_warps=1)
 
 
+def remember(steps: int) -> Case:
+    pointers = dict.fromkeys(("tokens", "counts", "history"), "*i32")
+    return Case("remember", "_remember_kernel", pointers, {"STEPS": steps, "BLOCK": 512})
+
+
 def gather(dtype: str, row: int, row_pad: int, block: int) -> Case:
     pointers = dict.fromkeys(("host_rows", "slots"), f"*{dtype}")
     pointers |= dict.fromkeys(("miss_tokens", "miss_slots", "miss_counts"), "*i32")
@@ -161,6 +166,8 @@ CASES = [
     merge("fp16", 80, 128),
     append("bf16", 128, 128),
     append("fp32", 80, 128),
+    remember(1),
+    remember(4),
     gather("bf16", 256, 256, 16),
     gather("fp32", 160, 256, 8),
     gather("fp16", 32, 32, 128),
