@@ -84,7 +84,7 @@ def run(suite: Suite, works: Sequence[Work], known: Results, console: Console) -
     done = 0
     with Working(console, suite.name) as bar:
         for model, parts in fitting(by_model(works), console):
-            for setting, mine in parts.items():
+            for (setting, _), mine in parts.items():
                 need = max(work.group.tokens for work in mine)
                 with model.open(setting, need, **dict(suite.engine)) as runtime:
                     for work in mine:
@@ -96,31 +96,31 @@ def run(suite: Suite, works: Sequence[Work], known: Results, console: Console) -
     return known.select(key for work in works for key in work.keys)
 
 
-Parts = dict[Setting, list[Work]]
+Parts = dict[tuple[Setting, int], list[Work]]  # by setting and context length
 
 
 def by_model(works: Sequence[Work]) -> list[tuple[EvalModel, Parts]]:
-    """Unfinished work, by what has to be opened for it."""
+    """Unfinished work, by what has to be opened for it: new_rows may be a part of the context's budget."""
     models: dict[EvalModel, Parts] = {}
     for work in works:
         if work.missing:
-            models.setdefault(work.model, {}).setdefault(work.setting, []).append(work)
+            models.setdefault(work.model, {}).setdefault((work.setting, work.group.ctx), []).append(work)
     return list(models.items())
 
 
 def fitting(models: Sequence[tuple[EvalModel, Parts]], console: Console) -> list[tuple[EvalModel, Parts]]:
     """Refuse, before any weights load, what has no room: RunError, or without dense if only that has none."""
     for model, parts in models:
-        for setting in list(parts):
+        for setting, ctx in list(parts):
             try:
-                model.check(setting, max(work.group.tokens for work in parts[setting]))
+                model.check(setting, max(work.group.tokens for work in parts[setting, ctx]))
             except RunError as error:
                 if not setting.is_dense:
                     raise
                 console.print(
                     f"no dense reference for {model.name}: {error}", highlight=False, soft_wrap=True
                 )
-                del parts[setting]
+                del parts[setting, ctx]
     return list(models)
 
 

@@ -1,0 +1,159 @@
+"""What sticky selection keeps of exact selection's attention mass, simulated on a model's queries and keys.
+
+    python -m bench.sticky --model DIR --calibration FILE --text moby_dick.txt --out FILE.json
+
+Selections of consecutive tokens of a text, K = N/16 for each KV head, by exact scores or by labels that are
+not rounded: exactly, and with at most a part of K new a step, where tokens of the last W selections are not
+new. Mass is that of all tokens attended to, sinks and recent ones included; the rest of the runtime is left
+out, so that many variants cost one forward pass. `ds-offload eval attention --new-rows` measures the runtime.
+"""
+
+import argparse
+import json
+from collections import deque
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from offload_runtime.adapter import AttentionCall, ModelAdapter
+from offload_runtime.bench.machine import machine
+from offload_runtime.bench.prediction import run
+from offload_runtime.calibration import Calibration
+from offload_runtime.calibration_collect import grouped_products, make_blocks
+from offload_runtime.devices import choose_device
+from offload_runtime.loading import load_model, load_tokenizer
+
+SINKS, RECENT = 16, 64  # the runtime's defaults
+SHARE = 16  # K = N / 16
+VARIANTS = ((4, 1), (8, 1), (8, 2), (8, 4), (8, 8), (16, 1), (16, 4), (32, 1), (32, 4))  # (K / C, W)
+
+
+def masses(call: AttentionCall, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax mass [Hkv, P, T] of the last `steps` queries, group mean, and which tokens are far [P, T]."""
+    tokens = call.key.shape[2]
+    places = torch.arange(tokens - steps, tokens, device=call.key.device)
+    token = torch.arange(tokens, device=call.key.device)
+    logits = grouped_products(call.query[0, :, places].float(), call.key[0].float()) * call.scale
+    mass = logits.masked_fill(token > places[:, None], float("-inf")).softmax(-1).mean(1)
+    return mass, (token >= SINKS) & (token <= places[:, None] - RECENT)
+
+
+def label_scores(
+    call: AttentionCall, calibration: Calibration, index: int, far: torch.Tensor
+) -> torch.Tensor:
+    """What the runtime selects by, before labels are rounded: [Hkv, P, T], the group's summed shares."""
+    parts = (calibration.key_map, calibration.query_map, calibration.key_mean)
+    key_map, query_map, key_mean = (part[index].to(call.key.device) for part in parts)
+    keys, queries = call.key[0].float(), call.query[0, :, -len(far) :].float()
+    labels = (keys - key_mean[:, None]) @ key_map.mT  # [Hkv, T, R]
+    scores = grouped_products(queries @ query_map.mT, labels) * call.scale  # [Hkv, G, P, T]
+    scores += grouped_products(queries, key_mean[:, None]) * call.scale
+    token = torch.arange(keys.shape[1], device=keys.device)
+    unseen = token > token[-len(far) :, None]  # [P, T]
+    # In units of the weight of a query head's sinks and recent tokens.
+    near = grouped_products(queries, keys).mul(call.scale).masked_fill(far | unseen, float("-inf"))
+    return (scores - near.logsumexp(-1, keepdim=True)).exp().sum(1)
+
+
+def select(
+    scores: torch.Tensor, far: torch.Tensor, mass: torch.Tensor, entering: int | None, window: int
+) -> tuple[float, float]:
+    """Mean mass attended to and new tokens a step; scores and mass [Hkv, P, T], far [P, T]."""
+    heads, steps, tokens = scores.shape
+    budget = tokens // SHARE
+    last: deque[torch.Tensor] = deque(maxlen=window)
+    held, new = [], []
+    for step in range(steps):
+        order = scores[:, step].masked_fill(~far[step], -1.0).argsort(-1, descending=True)  # [Hkv, T]
+        members = torch.stack(list(last)).any(0) if last else None  # [Hkv, T]
+        chosen = torch.zeros(heads, tokens, dtype=torch.bool, device=scores.device)
+        for head in range(heads):
+            ranked = order[head]
+            if members is not None and entering is not None:
+                member = members[head, ranked]
+                ranked = ranked[member | ((~member).cumsum(0) <= entering)]
+            chosen[head, ranked[:budget]] = True
+        if members is not None:
+            new.append(float((chosen & ~members).sum()) / heads)
+        last.append(chosen)
+        held.append(float((mass[:, step] * (chosen | ~far[step])).sum(-1).mean()))
+    return fmean(held), fmean(new)
+
+
+def measure(
+    adapter: ModelAdapter, calibration: Calibration, ids: torch.Tensor, steps: int
+) -> list[dict[str, Any]]:
+    """One dictionary a layer: {"exact" or "labels": {variant: (mass, new tokens)}}."""
+    layers: list[dict[str, Any]] = []
+
+    def handle(index: int, call: AttentionCall) -> None:
+        mass, far = masses(call, steps)
+        budget, row = mass.shape[2] // SHARE, {}
+        for kind in ("exact", "labels"):
+            scores = mass if kind == "exact" else label_scores(call, calibration, index, far)
+            found = {"all": select(scores, far, mass, None, 1)}
+            for part, window in VARIANTS:
+                found[f"1/{part}, {window}"] = select(scores, far, mass, max(1, budget // part), window)
+            row[kind] = found
+        layers.append(row)
+        print(f"layer {index}", flush=True)
+
+    run(adapter, ids, lambda *_: None, handle)
+    return layers
+
+
+def means(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Over layers: mass, mass over exact selection's by the same scores, new tokens a step."""
+    lines = []
+    for kind in ("exact", "labels"):
+        for variant in layers[0][kind]:
+            pairs = [(layer[kind][variant], layer[kind]["all"][0]) for layer in layers]
+            lines.append(
+                {
+                    "scores": kind,
+                    "new, remembered": variant,
+                    "mass": round(fmean(mass for (mass, _), _ in pairs), 4),
+                    "of exact selection": round(fmean(mass / whole for (mass, _), whole in pairs), 4),
+                    "new_rows": round(fmean(new for (_, new), _ in pairs), 1),
+                }
+            )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="model directory or GGUF file")
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True, help="one that calibration has not seen")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    adapter = ModelAdapter(load_model(options.model, choose_device(options.device)))
+    tokenizer, calibration = load_tokenizer(options.model), Calibration.load(options.calibration)
+    calibration.check(adapter.model.config)
+    text = options.text.read_text(encoding="utf-8")
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    prefix = torch.tensor(tokenizer("").input_ids, dtype=torch.long)
+    (document,) = make_blocks(ids, prefix, options.tokens, options.tokens, seed=0)
+    lines = means(measure(adapter, calibration, document, options.steps))
+    for line in lines:
+        print("  ".join(f"{name} {value}" for name, value in line.items()))
+    report = {
+        "model": Path(options.model).name,
+        "text": options.text.name,
+        "tokens": len(document),
+        "steps": options.steps,
+        "machine": machine(),
+        "lines": lines,
+    }
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
