@@ -5,7 +5,7 @@ import torch
 
 from offload_runtime.cache.layout import KVLayout
 from offload_runtime.kernels.remember import remember_reference, remember_triton
-from offload_runtime.kernels.sticky import sticky_topk_reference
+from offload_runtime.kernels.sticky import sticky_topk_reference, sticky_topk_triton
 
 from .models import offloaded, random_ids, random_llama
 
@@ -78,6 +78,35 @@ def test_a_row_of_some_steps_ago_comes_back_though_nothing_new_may_enter():
     assert step(high, 30) == list(range(120, 150))
     assert step(low, 1) == list(range(20, 50))
     assert step(high, 1) == list(range(120, 150))
+
+
+def test_sticky_kernel_with_a_history_equals_the_reference(device):
+    """Members are a list with gaps, longer than a selection."""
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randn(1, 2, 2300, generator=generator)
+    budgets, lengths = torch.tensor([[150, 90]], dtype=torch.int32), torch.tensor([2250], dtype=torch.int32)
+    history = torch.full((1, 2, 4, 150), -1, dtype=torch.int32)
+    ours = history.clone().to(device)
+    for _ in range(5):
+        scores = scores + 0.3 * torch.randn(scores.shape, generator=generator)
+        chosen = []
+        for run, steps, place in (
+            (sticky_topk_reference, history, "cpu"),
+            (sticky_topk_triton, ours, device),
+        ):
+            tokens = torch.full((1, 2, 150), -1, dtype=torch.int32, device=place)
+            counts = torch.zeros(1, 2, dtype=torch.int32, device=place)
+            everything = torch.full((1, 2), 600, dtype=torch.int32, device=place)
+            members = steps.view(1, 2, 600)
+            run(
+                scores.to(place), budgets.to(place), 12, lengths.to(place), 4, 16,
+                members, everything, tokens, counts,
+            )  # fmt: skip
+            remember = remember_reference if run is sticky_topk_reference else remember_triton
+            remember(tokens, counts, steps)
+            chosen.append(tokens.cpu())
+        assert torch.equal(*chosen)
+        assert torch.equal(ours.cpu(), history)
 
 
 def test_a_session_remembers_what_it_attended_to():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from offload_runtime.kernels.labels import quantise
+from offload_runtime.kernels.remember import remember
 from offload_runtime.kernels.scores import label_scores_reference
 from offload_runtime.kernels.select_cluster import (
     cluster_select_available,
@@ -193,6 +194,26 @@ def test_sticky_selection(new_rows):
                 for h, count in enumerate(per_head):
                     new = ~torch.isin(tokens[b, h, :count], before[b, h])
                     assert int(new.sum()) <= new_rows
+
+
+@pytest.mark.gpu
+@needs_clusters
+def test_sticky_selection_with_four_selections_remembered():
+    problem = Problem([65536, 3000], 65536, [4096, 256])
+    tokens, counts = problem.empty_selection()
+    history = torch.full((2, 2, 4, problem.k_max), -1, dtype=torch.int32, device="cuda")
+    members, everything = history.view(2, 2, -1), torch.full((2, 2), 4 * problem.k_max, device="cuda")
+    for _ in range(6):
+        problem.query_labels += torch.randn_like(problem.query_labels) * 0.1
+        expected, expected_counts = problem.empty_selection()
+        scores = problem.scores()
+        problem.run(tokens, counts, members, 100)
+        sticky_topk_reference(
+            scores, problem.budgets, 100, problem.lengths, SINKS, RECENT,
+            members, everything, expected, expected_counts,
+        )  # fmt: skip
+        check(tokens, counts, expected, expected_counts, scores)
+        remember(tokens, counts, history)
 
 
 @pytest.mark.gpu
