@@ -146,7 +146,7 @@ class LayerCache:
     def keep(self, selection: Selection) -> None:
         """Remember the selection that was attended to: the next sticky selections start from it."""
         if self.history is not None:
-            remember(selection.tokens, selection.counts, self.history.steps)
+            remember(selection.tokens, selection.counts, self.state.step, self.history.steps)
 
     def attend(
         self,

@@ -136,25 +136,9 @@ def write_histogram(hist, digit, match, CHUNK: tl.constexpr, SPARSE: tl.constexp
 
 
 @triton.jit
-def mark_members(members, previous, count, row, block, capacity, k_max, CHUNK: tl.constexpr):
-    """Write a block's part of the byte map [rows, N] of the previous selection."""
-    first = block * CHUNK
-    map_row = members + row.to(tl.int64) * capacity
-    positions = first + tl.arange(0, CHUNK)
-    tl.store(map_row + positions, tl.zeros([CHUNK], tl.int8), mask=positions < capacity)
-    tl.debug_barrier()
-    for start in range(0, count, 2048):
-        index = start + tl.arange(0, 2048)
-        token = tl.load(previous + row.to(tl.int64) * k_max + index, mask=index < count, other=-1)
-        inside = (token >= first) & (token < first + CHUNK) & (token < capacity)
-        tl.store(map_row + token, tl.full([2048], 1, tl.int8), mask=inside)
-    tl.debug_barrier()
-
-
-@triton.jit
 def digit_kernel(
-    scores, members, previous, previous_counts, budgets, lengths, hist, state, above, outside,
-    kv_heads, capacity, sinks, recent, new_rows, previous_max,
+    scores, members, budgets, lengths, hist, state, above,
+    kv_heads, capacity, sinks, recent, new_rows,
     DIGIT: tl.constexpr, STREAMS: tl.constexpr, CHUNK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Histogram of one digit of every stream; first fixes the digit before it."""
@@ -164,11 +148,6 @@ def digit_kernel(
     if (block > 0) & (block * CHUNK >= end):
         return
     used = tl.maximum(tl.cdiv(end, CHUNK), 1)
-    if (DIGIT == 0) & (STREAMS == 3):
-        count = tl.load(previous_counts + row)
-        mark_members(members, previous, count, row, block, capacity, previous_max, CHUNK)
-        if block == 0:
-            tl.store(outside + row, 0)
     positions, selectable, key = load_keys(scores, row, block, capacity, sinks, end, CHUNK, VEC)
     digit = ((key >> (24 - 8 * DIGIT)) & 255).to(tl.int32)
     n_members = 0

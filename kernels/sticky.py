@@ -22,6 +22,8 @@ from .radix import (
     span_of_row,
 )
 
+MARKED = 1024  # members a program marks
+
 
 def sticky_topk_reference(
     scores: torch.Tensor,
@@ -70,7 +72,7 @@ def sticky_topk_triton(
     tokens: torch.Tensor,
     counts: torch.Tensor,
 ) -> None:
-    """sticky_topk_reference as six launches: three radix selects (radix.py) side by side.
+    """sticky_topk_reference in seven kernels: three radix selects (radix.py) side by side.
 
     Stream 0 is the exact top-k. It stands when few enough of it are new; else the
     selection is stream 1 (the best others) and stream 2 (the best members).
@@ -80,12 +82,16 @@ def sticky_topk_triton(
     # 32 tokens a thread spill registers here (ptxas, sm_90).
     chunk, blocks, warps, vec = radix_plan(rows, capacity, 16)
     hist, state, above = radix_scratch(3, rows, blocks, scores.device)
-    members = torch.empty(rows, capacity, dtype=torch.int8, device=scores.device)
-    outside = torch.empty(rows, dtype=torch.int32, device=scores.device)
+    members = torch.zeros(rows, capacity, dtype=torch.int8, device=scores.device)
+    outside = torch.zeros(rows, dtype=torch.int32, device=scores.device)
+    listed = previous_tokens.shape[-1]
+    mark_members_kernel[(triton.cdiv(listed, MARKED), rows)](
+        members, previous_tokens, previous_counts, capacity, listed, BLOCK=MARKED, num_warps=4
+    )
     for digit in range(DIGITS):
         digit_kernel[(blocks, rows)](
-            scores, members, previous_tokens, previous_counts, budgets, lengths, hist, state, above, outside,
-            kv_heads, capacity, sinks, recent, new_rows, previous_tokens.shape[-1],
+            scores, members, budgets, lengths, hist, state, above,
+            kv_heads, capacity, sinks, recent, new_rows,
             DIGIT=digit, STREAMS=3, CHUNK=chunk, VEC=vec, num_warps=warps,
         )  # fmt: skip
     count_outside_kernel[(blocks, rows)](
@@ -96,6 +102,16 @@ def sticky_topk_triton(
         scores, members, budgets, lengths, hist, state, above, outside, tokens, counts,
         kv_heads, capacity, sinks, recent, tokens.shape[-1], CHUNK=chunk, VEC=vec, num_warps=warps,
     )  # fmt: skip
+
+
+@triton.jit
+def mark_members_kernel(members, previous, counts, capacity, listed, BLOCK: tl.constexpr):
+    """Set the bytes [rows, N] of the listed tokens; -1 is none."""
+    row = tl.program_id(1).to(tl.int64)
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    token = tl.load(previous + row * listed + index, mask=index < tl.load(counts + row), other=-1)
+    inside = (token >= 0) & (token < capacity)
+    tl.store(members + row * capacity + token, tl.full([BLOCK], 1, tl.int8), mask=inside)
 
 
 @triton.jit

@@ -63,8 +63,8 @@ def select_topk_triton(
     hist, state, above = radix_scratch(1, rows, blocks, scores.device)
     for digit in range(DIGITS):
         digit_kernel[(blocks, rows)](
-            scores, scores, tokens, counts, budgets, lengths, hist, state, above, state,
-            kv_heads, capacity, sinks, recent, 0, 0,
+            scores, scores, budgets, lengths, hist, state, above,
+            kv_heads, capacity, sinks, recent, 0,
             DIGIT=digit, STREAMS=1, CHUNK=chunk, VEC=vec, num_warps=warps,
         )  # fmt: skip
     compact_kernel[(blocks, rows)](

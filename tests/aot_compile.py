@@ -40,8 +40,19 @@ def append(dtype: str, dim: int, dim_pad: int) -> Case:
 
 
 def remember(steps: int) -> Case:
-    pointers = dict.fromkeys(("tokens", "counts", "history"), "*i32")
+    pointers = dict.fromkeys(("tokens", "counts", "step", "history"), "*i32")
     return Case("remember", "_remember_kernel", pointers, {"STEPS": steps, "BLOCK": 512})
+
+
+def radix(kernel: str, streams: int) -> Case:
+    """A pass of the radix select over 262,144 scores of eight heads (radix.radix_plan)."""
+    pointers = {"scores": "*fp32", "members": "*i8" if streams == 3 else "*fp32"}
+    names = ("budgets", "lengths", "hist", "state", "above", "outside", "tokens", "counts", "previous")
+    sizes = {"CHUNK": 8192, "VEC": 4} | ({"DIGIT": 2, "STREAMS": streams} if kernel == "digit_kernel" else {})
+    module = "radix" if kernel == "digit_kernel" else "sticky"
+    if kernel == "mark_members_kernel":
+        sizes = {"BLOCK": 1024}
+    return Case(module, kernel, pointers | dict.fromkeys(names, "*i32"), sizes, num_warps=16)
 
 
 def gather(dtype: str, row: int, row_pad: int, block: int) -> Case:
@@ -166,8 +177,13 @@ CASES = [
     merge("fp16", 80, 128),
     append("bf16", 128, 128),
     append("fp32", 80, 128),
+    radix("digit_kernel", 1),
+    radix("digit_kernel", 3),
+    radix("mark_members_kernel", 3),
+    radix("count_outside_kernel", 3),
+    radix("compact_sticky_kernel", 3),
     remember(1),
-    remember(4),
+    remember(8),
     gather("bf16", 256, 256, 16),
     gather("fp32", 160, 256, 8),
     gather("fp16", 32, 32, 128),

@@ -198,12 +198,12 @@ def test_sticky_selection(new_rows):
 
 @pytest.mark.gpu
 @needs_clusters
-def test_sticky_selection_with_four_selections_remembered():
+def test_sticky_selection_with_eight_selections_remembered():
     problem = Problem([65536, 3000], 65536, [4096, 256])
     tokens, counts = problem.empty_selection()
-    history = torch.full((2, 2, 4, problem.k_max), -1, dtype=torch.int32, device="cuda")
-    members, everything = history.view(2, 2, -1), torch.full((2, 2), 4 * problem.k_max, device="cuda")
-    for _ in range(6):
+    history = torch.full((2, 2, 8, problem.k_max), -1, dtype=torch.int32, device="cuda")
+    members, everything = history.view(2, 2, -1), torch.full((2, 2), 8 * problem.k_max, device="cuda")
+    for step in range(10):
         problem.query_labels += torch.randn_like(problem.query_labels) * 0.1
         expected, expected_counts = problem.empty_selection()
         scores = problem.scores()
@@ -213,7 +213,7 @@ def test_sticky_selection_with_four_selections_remembered():
             members, everything, expected, expected_counts,
         )  # fmt: skip
         check(tokens, counts, expected, expected_counts, scores)
-        remember(tokens, counts, history)
+        remember(tokens, counts, torch.tensor([step], dtype=torch.int32, device="cuda"), history)
 
 
 @pytest.mark.gpu
