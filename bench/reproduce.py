@@ -113,10 +113,42 @@ STEPS = (
         300,
         (
             "-m bench.lookup_text --documents 45 --prose {war} --out {out}/lookups.txt",
-            CALIBRATE + " --model offload_runtime/data/tiny-256k --text {out}/lookups.txt --method learned"
+            CALIBRATE + " --model {tiny} --text {out}/lookups.txt --method learned"
             " --channels 16 --out {out}/look16.safetensors",
             "-m bench.quality_long --text {moby} --labels 16x16:{out}/look16.safetensors --new-rows none"
             " --ctx 262144 --bit-ctx 262144 --documents 4 --out {out}/quality_long_r16_lookup",
+        ),
+        new=True,
+    ),
+    Step(
+        "selection",
+        300,
+        (
+            "-m bench.sticky --model {tiny} --calibration {tiny}/calibration.safetensors --text {moby}"
+            " --tokens 8192 --out {out}/sticky_tiny-256k.json",
+            "-m bench.prediction --model {tiny} --calibrate {wealth} --test {moby}"
+            " --out {out}/prediction_tiny-256k.json",
+            "-m offload_runtime eval attention --ctx 32768 --budget 1/16 --new-rows none,1/8,1/16"
+            " --text {moby} --tokens 48 --out {out}/eval_sticky",
+            "-m offload_runtime eval bits --ctx 32768 --budget 1/16 --new-rows none,1/8"
+            " --prefetch correct,predict --text {moby} --tokens 512 --documents 2 --out {out}/eval_sticky",
+        ),
+        new=True,
+    ),
+    Step(
+        "selection-smollm2",
+        600,
+        (
+            CALIBRATE + " --model {smollm2} --text {wealth} --out {out}/smollm2.safetensors",
+            "-m bench.sticky " + SMOLLM2_QUALITY + " --text {moby} --out {out}/sticky_smollm2.json",
+            "-m bench.prediction --model {smollm2} --calibrate {wealth} --test {moby} --tokens 4096"
+            " --calibration-tokens 16384 --out {out}/prediction_smollm2.json",
+            "-m offload_runtime eval attention " + SMOLLM2_QUALITY + " --ctx 8192 --budget 1/16"
+            " --new-rows none,1/8 --text {moby} --tokens 48 --out {out}/eval_smollm2",
+            "-m offload_runtime eval bits "
+            + SMOLLM2_QUALITY
+            + " --ctx 8192 --budget 1/16 --new-rows none,1/8"
+            " --prefetch correct,predict --text {moby} --tokens 512 --documents 2 --out {out}/eval_smollm2",
         ),
         new=True,
     ),
@@ -157,7 +189,7 @@ def chosen(only: str | None) -> list[Step]:
 
 def inputs(options: argparse.Namespace) -> dict[str, str]:
     """What commands may name, as far as it is there."""
-    found = {"out": shlex.quote(str(options.out.resolve()))}
+    found = {"out": shlex.quote(str(options.out.resolve())), "tiny": "offload_runtime/data/tiny-256k"}
     if options.texts is not None:
         for file in BOOKS:
             if (options.texts / file).is_file():

@@ -15,7 +15,7 @@ INT32_BYTES = 4
 HOST_PAGE_BYTES = 2 << 20  # of managed memory: a head's rows may end in the middle of one
 SCORE_BYTES = 4  # float32
 # SmolLM2-135M, an eighth of the budget new: 0.992 of exact selection's mass with one selection remembered,
-# 0.994 with two, 0.996 with four, 0.998 with eight (bench/results/sticky); as many as 2 K slots hold.
+# 0.994 with two, 0.996 with four, 0.998 with eight (bench/results/sticky_*.json); as many as 2 K slots hold.
 MOST_REMEMBERED = 8
 
 

@@ -3,7 +3,7 @@
 Rows that were selected a few steps ago still have their slots, and a row that attention needs is often one
 that it needed shortly before. With the last eight selections as members and at most an eighth of the budget
 new, selections hold 0.998 of the attention mass that exact ones hold on SmolLM2-135M, where the last one
-alone keeps 0.992, and fewer rows are new: 23 of 256 instead of 32 (bench/results/sticky).
+alone keeps 0.992, and fewer rows are new: 23 of 256 instead of 32 (bench/results/sticky_*.json).
 """
 
 import torch

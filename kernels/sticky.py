@@ -3,7 +3,7 @@
 Members are the tokens of the last selections (remember.py). When more than
 new_rows tokens of the exact top-k are no members, the selection is the new_rows
 best of those outside and the best members. Tail tokens of nearly equal score
-are interchangeable, so this holds the attention mass (bench/results/sticky)
+are interchangeable, so this holds the attention mass (bench/results/sticky_*.json)
 while it bounds what a step has to bring over PCIe.
 """
 

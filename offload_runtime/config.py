@@ -16,7 +16,7 @@ DEFAULT_LABEL_CHANNELS = 32  # projected to 32 at 4 bits: the best found at 20 b
 CALIBRATION_TOKENS = 32768
 # Sticky selection by default. 2,048 rows of 8 KV heads are 8.4 MB a layer, which come over the link in about
 # the time that a layer of the 8B shape computes (0.2 ms; NOTES.md): fewer gain nothing. What an eighth of the
-# budget keeps of exact selection's mass is in bench/results/sticky.
+# budget keeps of exact selection's mass is in bench/results/sticky_*.json.
 STICKY_ROWS, STICKY_PART = 2048, 8
 CAPACITY_STEP = 1024  # tokens; caches grow in steps of an eighth of their size, at least this
 
