@@ -57,8 +57,7 @@ class LayerCache:
         self.labels = LabelCache(layout, device)
         self.resident = ResidentSet(layout, device)
         self.maps = LabelMaps(layout, device)
-        steps = None if new_rows is None else layout.remembered_steps(new_rows)
-        self.history = None if steps is None else History(layout, steps, device)
+        self.history = None if new_rows is None else History(layout, device)
         self.one_kernel = cluster_select_available(device, layout.capacity)
         heads = (layout.batch, layout.kv_heads)
         self.budgets = torch.zeros(heads, dtype=torch.int32, device=device)  # K of each KV head

@@ -14,9 +14,11 @@ SCALE_PAIR_BYTES = 4  # float16 scale and offset of one token's label
 INT32_BYTES = 4
 HOST_PAGE_BYTES = 2 << 20  # of managed memory: a head's rows may end in the middle of one
 SCORE_BYTES = 4  # float32
-# SmolLM2-135M, an eighth of the budget new: 0.992 of exact selection's mass with one selection remembered,
-# 0.994 with two, 0.996 with four, 0.998 with eight (bench/results/sticky_*.json); as many as 2 K slots hold.
-MOST_REMEMBERED = 8
+# Selections whose tokens sticky selection lets come back. SmolLM2-135M, an eighth of the budget new: 0.992 of
+# exact selection's mass with one, 0.994 with two, 0.996 with four, 0.998 with eight
+# (bench/results/sticky_*.json). Eight steps' eighths are what the default of 2 K slots holds; with fewer slots
+# they are fetched again, for how many slots there are must not change what is selected.
+REMEMBERED = 8
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,10 @@ class KVLayout:
         """GPU bytes of one selection: tokens [B, Hkv, K] and counts [B, Hkv]."""
         return self.heads * (self.budget + 1) * INT32_BYTES
 
-    def remembered_steps(self, new_rows: int) -> int:
-        """Selections whose rows sticky selection lets come back: those that the slots still hold."""
-        return 1 + min(MOST_REMEMBERED - 1, (self.slots - self.budget) // new_rows)
-
-    def history_bytes(self, new_rows: int) -> int:
+    @property
+    def history_bytes(self) -> int:
         """GPU bytes of one layer's last selections [B, Hkv, W, K] and their counts."""
-        return self.heads * (self.remembered_steps(new_rows) * self.budget + 1) * INT32_BYTES
+        return self.heads * (REMEMBERED * self.budget + 1) * INT32_BYTES
 
     @property
     def gpu_bytes(self) -> int:

@@ -2,7 +2,7 @@
 
 import torch
 
-from .layout import KVLayout
+from .layout import REMEMBERED, KVLayout
 
 
 class Selection:
@@ -20,12 +20,12 @@ class History:
     steps [B, Hkv, W, K]; tokens [B, Hkv, W K] and counts [B, Hkv] are the same as one list with gaps of -1.
     """
 
-    def __init__(self, layout: KVLayout, steps: int, device: torch.device) -> None:
-        heads = (layout.batch, layout.kv_heads)
-        shape = (*heads, steps, layout.budget)
+    def __init__(self, layout: KVLayout, device: torch.device) -> None:
+        heads, listed = (layout.batch, layout.kv_heads), REMEMBERED * layout.budget
+        shape = (*heads, REMEMBERED, layout.budget)
         self.steps = torch.full(shape, -1, dtype=torch.int32, device=device)
-        self.tokens = self.steps.view(*heads, steps * layout.budget)
-        self.counts = torch.full(heads, steps * layout.budget, dtype=torch.int32, device=device)
+        self.tokens = self.steps.view(*heads, listed)
+        self.counts = torch.full(heads, listed, dtype=torch.int32, device=device)
 
     def clear(self) -> None:
         self.steps.fill_(-1)

@@ -35,11 +35,10 @@ def with_choice(
     chosen: dict[str, Any] = dict(Calibration.load(file).provenance)
     if "budget" not in chosen:
         return settings
-    new_rows = chosen.get(
-        "new_rows", "none"
-    )  # files of before there was a choice were chosen by exact selection
-    chosen = {"budget": chosen["budget"], "label_bits": int(chosen["label_bits"]), "new_rows": new_rows}
-    return {**chosen, **settings}
+    # What was chosen before there was new_rows was measured with exact selection.
+    new_rows = chosen.get("new_rows", "none")
+    bits = int(chosen["label_bits"])
+    return {"budget": chosen["budget"], "label_bits": bits, "new_rows": new_rows, **settings}
 
 
 def check_calibration(calibration: Calibration | None, config: RuntimeConfig, model: PreTrainedModel) -> None:

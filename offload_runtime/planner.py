@@ -270,8 +270,7 @@ def needs_for(
 def workspace_bytes(shape: ModelShape, layout: KVLayout, config: RuntimeConfig) -> int:
     """Decode scratch: what the layers share, one step's logits, a layer's last selections if sticky."""
     logits = 3 * layout.batch * shape.vocab * 4  # float32: logits, processed scores, probabilities
-    new_rows = config.entering(layout.budget)
-    sticky = 0 if new_rows is None else layout.layers * layout.history_bytes(new_rows)
+    sticky = 0 if config.entering(layout.budget) is None else layout.layers * layout.history_bytes
     return layout.workspace_bytes + sticky + logits
 
 
