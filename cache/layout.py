@@ -15,9 +15,9 @@ INT32_BYTES = 4
 HOST_PAGE_BYTES = 2 << 20  # of managed memory: a head's rows may end in the middle of one
 SCORE_BYTES = 4  # float32
 # Selections whose tokens sticky selection lets come back. SmolLM2-135M, an eighth of the budget new: 0.992 of
-# exact selection's mass with one, 0.994 with two, 0.996 with four, 0.998 with eight
-# (bench/results/sticky_*.json). The default of 2 K slots holds eight steps' eighths; with fewer slots they are
-# fetched again, for how many slots there are must not change what is selected.
+# exact selection's mass with one, 0.994 with two, 0.996 with four, 0.998 with eight (bench/results/sticky_*).
+# The default of 2 K slots holds eight steps' eighths; with fewer slots they are fetched again, for how many
+# slots there are must not change what is selected.
 REMEMBERED = 8
 
 
