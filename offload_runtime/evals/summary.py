@@ -18,7 +18,7 @@ def setting_of(row: Row) -> Setting:
 
 def point_of(row: Row) -> dict[str, Any]:
     """The grid point that a row belongs to; rows of before there was new_rows were selected exactly."""
-    return {"new_rows": "none"} | {name: row[name] for name in POINT if name in row}
+    return {name: row.get("new_rows", "none") if name == "new_rows" else row[name] for name in POINT}
 
 
 def by_point(rows: Sequence[Row]) -> list[tuple[dict[str, Any], list[Row]]]:
