@@ -44,8 +44,8 @@ class Calibration:
     float32. unpredicted_layers: those whose prediction from the layer before is
     poor, layer 0 always. provenance: model, config (JSON), config_hash, text_hash,
     tokens, method, label_channels, versions, date. mass_curve: what budgets hold, where
-    it was measured. input_shift [L, E] float32: how far a layer's input is from the layer
-    before's on average, which predictions add (calibration_shift.py); None: not known.
+    it was measured. input_shift [L, E] float32: how far a layer's input is from the layer before's on
+    average, which the layer's prediction adds (calibration_shift.py); zero or None: nothing to add.
     """
 
     query_map: torch.Tensor

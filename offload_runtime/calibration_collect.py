@@ -31,24 +31,31 @@ Progress = Callable[[int, int], None]  # (layers x blocks done, layers x blocks 
 SELECTED_SHARE = 16  # predictions are judged by the best N/16 keys, the paper's budget
 SAMPLED_QUERIES = 8  # a block; spread over its second half, where N/16 is a real choice
 PROMPT_TOKENS = 1024  # of a prompt when there is no file; 4,096 gain under 0.004 (bench/results/labels.json)
-# Without shifts (calibration_shift.py) the first two predicted layers of SmolLM2-135M and tiny-256k reach
-# 0.14 to 0.42 and the others 0.7 to 0.9; with them the least is 0.68. Below a half it fetches mostly in vain.
+# Measured on SmolLM2-135M and tiny-256k: the first layers reach 0.14 to 0.42, all others 0.7 to 0.9. Below a
+# half a prediction fetches mostly in vain, and is shifted (calibration_shift.py) or not made.
 MIN_RECALL = 0.5
 
 
 @dataclass
 class Collection:
-    """What all blocks gave: by layer moments, recalls of the predicted selection, held mass and shifts."""
+    """What all blocks gave, by layer: moments, recalls of the predicted selection, held mass, shifts.
+
+    recalls: of predictions from the layer before's input by block; shifted_recalls: the same with the
+    mean of what that layer adds.
+    """
 
     moments: list[LayerMoments | None]
     recalls: list[list[float]] = field(default_factory=list)
     mass: list[MassSums | None] = field(default_factory=list)
     shifts: ShiftSums = field(default_factory=ShiftSums)
+    shifted_recalls: list[list[float]] = field(default_factory=list)
 
     @classmethod
     def of(cls, layers: int) -> "Collection":
         """Nothing seen yet."""
-        return cls([None] * layers, [[] for _ in range(layers)], [None] * layers)
+        recalls: list[list[float]] = [[] for _ in range(layers)]
+        shifted: list[list[float]] = [[] for _ in range(layers)]
+        return cls([None] * layers, recalls, [None] * layers, shifted_recalls=shifted)
 
     def layer_moments(self) -> list[LayerMoments]:
         """Moments of every layer; UserError when a layer showed none or the layers differ in shape."""
@@ -67,12 +74,22 @@ class Collection:
         sums = [mass for mass in self.mass if mass is not None]
         return MassCurve.of(sums) if sums and len(sums) == len(self.mass) else None
 
+    def shifted(self) -> list[bool]:
+        """Layers that predict badly from the input as it is and better from the shifted one."""
+        pairs = zip(self.recalls, self.shifted_recalls or self.recalls, strict=True)
+        return [mean(plain) < MIN_RECALL and mean(shifted) > mean(plain) for plain, shifted in pairs]
+
     def mean_recalls(self) -> list[float]:
         """Mean recall of each layer's predicted selection; 0 for layer 0, which nothing predicts."""
-        return [sum(values) / len(values) if values else 0.0 for values in self.recalls]
+        pairs = zip(self.shifted(), self.recalls, self.shifted_recalls or self.recalls, strict=True)
+        return [mean(shifted if kept else plain) for kept, plain, shifted in pairs]
 
     def unpredicted_layers(self) -> tuple[int, ...]:
         return tuple(i for i, recall in enumerate(self.mean_recalls()) if i == 0 or recall < MIN_RECALL)
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
 
 
 def make_blocks(
@@ -130,7 +147,8 @@ class BlockRun:
     def __init__(self, adapter: ModelAdapter, result: Collection, seen: Callable[[int], None]) -> None:
         self.adapter, self.result, self.seen = adapter, result, seen
         self.hidden: torch.Tensor | None = None  # input of the layer before, [2, T, E]
-        self.predicted: torch.Tensor | None = None  # this layer's predicted query at the sampled tokens
+        # This layer's predicted queries [Hq, P, D] at the sampled tokens, plain and shifted.
+        self.predicted: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def run(self, block: torch.Tensor, turned: torch.Tensor) -> None:
         """block [T]: token ids; turned [T]: the positions that row 1 puts them at."""
@@ -152,8 +170,9 @@ class BlockRun:
         if self.hidden is not None:
             self.result.shifts.add(index, hidden[0], self.hidden[0])
             shift = self.result.shifts.mean(index).to(hidden.dtype)  # of the blocks so far
-            query, _ = self.adapter.predicted_query(index, self.hidden + shift, keywords)
-            self.predicted = query[0, :, self.sampled]  # [Hq, P, D]
+            plain, _ = self.adapter.predicted_query(index, self.hidden, keywords)
+            shifted, _ = self.adapter.predicted_query(index, self.hidden + shift, keywords)
+            self.predicted = plain[0, :, self.sampled], shifted[0, :, self.sampled]
         self.hidden = hidden
 
     def _handler(self, index: int) -> Callable[[AttentionCall], torch.Tensor]:
@@ -166,8 +185,9 @@ class BlockRun:
                 known.add(moments)
             text = replace(call, query=call.query[:1], key=call.key[:1], value=call.value[:1])
             if self.predicted is not None:
-                recall = selection_recall(text, self.predicted, self.sampled)
-                self.result.recalls[index].append(recall)
+                plain, shifted = (selection_recall(text, guess, self.sampled) for guess in self.predicted)
+                self.result.recalls[index].append(plain)
+                self.result.shifted_recalls[index].append(shifted)
             self._add_mass(index, text)
             self.seen(index)
             out = attend(text)  # [1, T, Hq, D]
@@ -245,7 +265,7 @@ def make_calibration(
         **facts,
     }
     layers, curve = collection.unpredicted_layers(), collection.mass_curve()
-    shift = collection.shifts.means(len(maps))
+    shift = collection.shifts.means(collection.shifted())
     return Calibration(query_map, key_map, key_mean, layers, provenance, curve, shift)
 
 

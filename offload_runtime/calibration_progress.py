@@ -81,6 +81,8 @@ def pack(collection: Collection) -> dict[str, torch.Tensor]:
         assert mass is not None
         tensors[f"{index}.held"], tensors[f"{index}.queries"] = mass.held, mass.queries
         tensors[f"{index}.recalls"] = torch.tensor(collection.recalls[index], dtype=torch.float64)
+        shifted = collection.shifted_recalls[index]
+        tensors[f"{index}.shifted_recalls"] = torch.tensor(shifted, dtype=torch.float64)
     for index, moved in collection.shifts.sums.items():
         tensors[f"{index}.shift"] = moved.cpu()
         tensors[f"{index}.shift_tokens"] = torch.tensor(collection.shifts.tokens[index])
@@ -99,6 +101,7 @@ def unpack(tensors: dict[str, torch.Tensor], device: torch.device) -> Collection
         mass.held, mass.queries = tensors[f"{index}.held"], tensors[f"{index}.queries"]
         collection.mass[index] = mass
         collection.recalls[index] = tensors[f"{index}.recalls"].tolist()
+        collection.shifted_recalls[index] = tensors[f"{index}.shifted_recalls"].tolist()
         if f"{index}.shift" in tensors:
             collection.shifts.sums[index] = tensors[f"{index}.shift"].to(device)
             collection.shifts.tokens[index] = int(tensors[f"{index}.shift_tokens"])

@@ -141,15 +141,17 @@ class DecodeLoop:
 
 
 def query_predictor(
-    adapter: ModelAdapter, input_shift: torch.Tensor
+    adapter: ModelAdapter, shifted: frozenset[int], input_shift: torch.Tensor
 ) -> Callable[..., tuple[torch.Tensor, float]]:
     """The prefetcher's view of the adapter: one predicted query [B, Hq, D] and its scale.
 
-    input_shift [L, E]: what the layer before adds to its input on average.
+    input_shift [L, E]: what the layer before adds to its input on average, for the layers `shifted`.
     """
 
     def predict(index: int, hidden: torch.Tensor, keywords: dict[str, Any]) -> tuple[torch.Tensor, float]:
-        query, scale = adapter.predicted_query(index, hidden + input_shift[index].to(hidden.dtype), keywords)
+        if index in shifted:
+            hidden = hidden + input_shift[index].to(hidden.dtype)
+        query, scale = adapter.predicted_query(index, hidden, keywords)
         return query[:, :, 0], scale
 
     return predict

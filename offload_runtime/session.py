@@ -16,7 +16,7 @@ from .calibration import Calibration
 from .calibration_collect import calibrate_prompt
 from .config import DEFAULT_LABEL_CHANNELS, RuntimeConfig, label_width
 from .decode import DecodeLoop, query_predictor
-from .layer_settings import head_budgets, predicted_layers
+from .layer_settings import head_budgets, predicted_layers, shifted_layers
 from .layouts import make_layout
 from .prefetch.scheduler import Prefetcher
 from .prefill import KEEP_SLOTS_TOKENS, PrefillRun, Progress
@@ -58,6 +58,7 @@ class Session:
         active = torch.ones(batch, dtype=torch.int32, device=device)
         self.state = BatchState(integers(batch), integers(batch), integers(1), active)
         self.memory = memory or RowMemory(device)
+        self.shifted = shifted_layers(calibration)
         # In place for good, as the label maps are: a captured graph reads it.
         self.input_shift = torch.zeros(
             len(adapter.layers), adapter.shape.hidden, dtype=adapter.dtype, device=device
@@ -67,7 +68,7 @@ class Session:
         self.prefetcher = Prefetcher(
             self.layout,
             self.offloaded,
-            query_predictor(adapter, self.input_shift),
+            query_predictor(adapter, self.shifted, self.input_shift),
             predicted_layers(config, calibration, self.offloaded),
             config.prefetch == "predict",
             device,
@@ -104,10 +105,11 @@ class Session:
             cache.maps.set(*(part[index] for part in maps))
 
     def accepts(self, calibration: Calibration) -> bool:
-        """Whether calibrate() is enough to use it: the same label channels and predicted layers."""
+        """Whether calibrate() is enough to use it: the same label channels, predicted and shifted layers."""
         channels = label_width(calibration.key_map.shape[2])
         predicted = predicted_layers(self.config, calibration, self.offloaded)
-        return channels == self.layout.label_channels and predicted == self.prefetcher.predicted_layers
+        alike = predicted == self.prefetcher.predicted_layers and shifted_layers(calibration) == self.shifted
+        return alike and channels == self.layout.label_channels
 
     def clear(self) -> None:
         """Forget every token."""

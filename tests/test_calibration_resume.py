@@ -98,6 +98,8 @@ def same(one, other):
         (getattr(a, name), getattr(b, name)) for name in ("query_map", "key_map", "key_mean", "input_shift")
     ]
     pairs.append((a.mass_curve.held, b.mass_curve.held))
+    shifts = [torch.zeros(1) if c.input_shift is None else c.input_shift for c in (a, b)]
+    pairs.append((shifts[0], shifts[1]))
     return all(torch.equal(x, y) for x, y in pairs) and a.unpredicted_layers == b.unpredicted_layers
 
 
@@ -169,4 +171,5 @@ def test_a_kill_while_writing_leaves_the_last_whole_file(model, text, out):
 
 
 def test_collection_starts_empty():
-    assert Collection.of(2) == Collection([None, None], [[], []], [None, None])
+    empty = Collection([None, None], [[], []], [None, None], shifted_recalls=[[], []])
+    assert Collection.of(2) == empty
