@@ -36,7 +36,7 @@ NewRows = Annotated[
     str | None,
     typer.Option(
         help="Sticky selection: new rows a step at most, a count or a part of the budget; none is exact.",
-        show_default="auto: 2048, or 1/8 of ctx's budget if that is more",
+        show_default="auto: 2048 or 1/8 of ctx's budget; none if prefetch is predict",
     ),
 ]
 ChunkTokens = Annotated[int | None, typer.Option(help="Tokens a prefill chunk.", show_default="by device")]

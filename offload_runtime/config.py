@@ -37,8 +37,9 @@ class RuntimeConfig:
     sinks, recent: first and last tokens that are always attended to.
     slots: resident rows per layer and KV head; default twice the budget.
     new_rows: sticky selection: at most this many new rows a step and KV head, as a count or as a
-        part of ctx's budget ("1/8"). "auto": the larger of 2,048 and an eighth of ctx's budget; exactly for
-        budgets above half of ctx. "none" or None: exact selection. Budgets up to this many rows are exact.
+        part of ctx's budget ("1/8"). "auto": the larger of 2,048 and an eighth of ctx's budget; exact for
+        budgets above half of ctx and in mode "predict", whose queries are guesses (what a text looks up may
+        rank below the best new rows). "none" or None: exact. Budgets up to this many rows are exact, too.
     chunk_tokens: tokens a prefill chunk; default by device.
     calibration: path of a calibration file; default the model's own, else self-calibration.
     cuda_graph: replay decode steps as one CUDA graph.
@@ -110,7 +111,8 @@ class RuntimeConfig:
         most = self.budget_tokens(self.ctx)
         limit: int | Fraction | None
         if self.new_rows == "auto":
-            limit = max(STICKY_ROWS, most // STICKY_PART) if 2 * most <= self.ctx else None
+            sticky = 2 * most <= self.ctx and self.prefetch != "predict"
+            limit = max(STICKY_ROWS, most // STICKY_PART) if sticky else None
         else:
             limit = parse_new_rows(self.new_rows)
         if isinstance(limit, Fraction):

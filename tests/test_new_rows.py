@@ -33,6 +33,11 @@ def test_what_the_setting_means(ctx, budget, new_rows, expected):
     assert config.entering(config.budget_tokens(ctx)) == expected
 
 
+def test_predicted_selections_are_exact_unless_asked_otherwise():
+    assert RuntimeConfig(prefetch="predict").entering(16384) is None
+    assert RuntimeConfig(prefetch="predict", new_rows=2048).entering(16384) == 2048
+
+
 @pytest.mark.parametrize("new_rows", ["few", "0", -3, "3/2", "1/0", ""])
 def test_bad_values_are_refused(new_rows):
     with pytest.raises(UserError, match="new_rows is"):
