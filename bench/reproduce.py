@@ -70,7 +70,12 @@ STEPS = (
     Step(
         "quality",
         400,
-        ("-m bench.quality_long --text {moby} --out {out}/quality_long_default --documents 8 --minutes 6",),
+        ("-m bench.quality_long --text {moby} --new-rows none --out {out}/quality_long --minutes 6",),
+    ),
+    Step(
+        "quality-sticky",
+        400,
+        ("-m bench.quality_long --text {moby} --out {out}/quality_long_sticky --minutes 6",),
         new=True,
     ),
     Step(
