@@ -54,7 +54,10 @@ def sticky_topk_reference(
         counts[b] = budgets[b].clamp(max=end - sinks)
         for h, count in enumerate(counts[b].tolist()):
             order = scores[b, h, sinks:end].sort(dim=-1, descending=True, stable=True).indices + sinks
-            member = torch.isin(order, previous[b, h, : held[b][h]].long())  # best first
+            listed = previous[b, h, : held[b][h]].long()
+            marked = torch.zeros(scores.shape[2], dtype=torch.bool, device=scores.device)
+            marked[listed[listed >= 0]] = True
+            member = marked[order]  # best first
             entering = max(new_rows, count - int(member.sum()))
             allowed = member | ((~member).cumsum(0) <= entering)
             tokens[b, h, :count] = order[allowed][:count].sort().values.int()
