@@ -22,9 +22,11 @@ import torch
 
 from offload_runtime.adapter import AttentionCall, ModelAdapter
 from offload_runtime.bench.machine import machine
+from offload_runtime.calibrate_command import BLOCK_TOKENS
 from offload_runtime.calibration_collect import attend, make_blocks, selection_recall
 from offload_runtime.calibration_shift import SKIPPED_TOKENS, ShiftSums
 from offload_runtime.devices import choose_device
+from offload_runtime.evals.cases import Tokens
 from offload_runtime.loading import load_model, load_tokenizer
 
 RANKS = (8, 32, 64)
@@ -155,16 +157,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     adapter = ModelAdapter(load_model(options.model, choose_device(options.device)))
-    tokenizer = load_tokenizer(options.model)
-
-    def ids_of(file: Path) -> torch.Tensor:
-        text = file.read_text(encoding="utf-8")
-        return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-
-    prefix, found = torch.tensor(tokenizer("").input_ids, dtype=torch.long), Found()
-    for block in make_blocks(ids_of(options.calibrate), prefix, options.calibration_tokens, 4096, seed=0):
+    tokens, found = Tokens(load_tokenizer(options.model)), Found()
+    known, unseen = (
+        tokens.rest(file.read_text(encoding="utf-8")) for file in (options.calibrate, options.test)
+    )
+    for block in make_blocks(known, tokens.prefix(""), options.calibration_tokens, BLOCK_TOKENS, seed=0):
         run(adapter, block, found.learn, lambda *_: None)
-    (document,) = make_blocks(ids_of(options.test), prefix, options.tokens, options.tokens, seed=0)
+    (document,) = make_blocks(unseen, tokens.prefix(""), options.tokens, options.tokens, seed=0)
     layers = measure(adapter, found, document)
     means = {name: round(fmean(layer[name] for layer in layers), 4) for name in layers[0]}
     rows = [{name: round(value, 4) for name, value in layer.items()} for layer in layers]

@@ -45,7 +45,6 @@ class Step:
 
 # In the order of what readers ask for first.
 STEPS = (
-    Step("gpu-tests", 400, ('-m pytest -q -m "gpu or not slow"',)),
     Step("ops", 120, ("-m bench.ops --out {out}/ops.json",), new=True),
     Step("main-job", 120, ("-m bench.main_job passkey --text {moby} --out {out}/main_job_passkey.json",)),
     Step("bits", 120, ("-m bench.main_job bits --text {moby} --out {out}/main_job_bits.json",)),

@@ -18,25 +18,24 @@ from typing import Any
 import torch
 
 from offload_runtime.adapter import AttentionCall, ModelAdapter
+from offload_runtime.bench.label_mass import RECENT, SHARE, SINKS
 from offload_runtime.bench.machine import machine
 from offload_runtime.bench.prediction import run
 from offload_runtime.calibration import Calibration
-from offload_runtime.calibration_collect import grouped_products, make_blocks
+from offload_runtime.calibration_collect import group_masses, grouped_products, make_blocks
 from offload_runtime.devices import choose_device
+from offload_runtime.evals.cases import Tokens
 from offload_runtime.loading import load_model, load_tokenizer
 
-SINKS, RECENT = 16, 64  # the runtime's defaults
-SHARE = 16  # K = N / 16
 VARIANTS = ((4, 1), (8, 1), (8, 2), (8, 4), (8, 8), (16, 1), (16, 4), (32, 1), (32, 4))  # (K / C, W)
 
 
 def masses(call: AttentionCall, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax mass [Hkv, P, T] of the last `steps` queries, group mean, and which tokens are far [P, T]."""
-    tokens = call.key.shape[2]
-    places = torch.arange(tokens - steps, tokens, device=call.key.device)
-    token = torch.arange(tokens, device=call.key.device)
-    logits = grouped_products(call.query[0, :, places].float(), call.key[0].float()) * call.scale
-    mass = logits.masked_fill(token > places[:, None], float("-inf")).softmax(-1).mean(1)
+    keys, token = call.key[0].float(), torch.arange(call.key.shape[2], device=call.key.device)
+    places = token[-steps:]
+    summed = group_masses(call.query[0, :, places], keys, places, call.scale, call.window)
+    mass = summed * len(keys) / call.query.shape[1]
     return mass, (token >= SINKS) & (token <= places[:, None] - RECENT)
 
 
@@ -135,12 +134,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     adapter = ModelAdapter(load_model(options.model, choose_device(options.device)))
-    tokenizer, calibration = load_tokenizer(options.model), Calibration.load(options.calibration)
+    tokens, calibration = Tokens(load_tokenizer(options.model)), Calibration.load(options.calibration)
     calibration.check(adapter.model.config)
-    text = options.text.read_text(encoding="utf-8")
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-    prefix = torch.tensor(tokenizer("").input_ids, dtype=torch.long)
-    (document,) = make_blocks(ids, prefix, options.tokens, options.tokens, seed=0)
+    ids = tokens.rest(options.text.read_text(encoding="utf-8"))
+    (document,) = make_blocks(ids, tokens.prefix(""), options.tokens, options.tokens, seed=0)
     lines = means(measure(adapter, calibration, document, options.steps))
     for line in lines:
         print("  ".join(f"{name} {value}" for name, value in line.items()))

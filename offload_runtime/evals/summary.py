@@ -26,7 +26,7 @@ def by_point(rows: Sequence[Row]) -> list[tuple[dict[str, Any], list[Row]]]:
     points: dict[tuple[Any, ...], tuple[dict[str, Any], list[Row]]] = {}
     for row in rows:
         point = point_of(row)
-        points.setdefault(tuple(point[name] for name in POINT), (point, []))[1].append(row)
+        points.setdefault(tuple(point.values()), (point, []))[1].append(row)
     return list(points.values())
 
 
