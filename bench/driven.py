@@ -89,7 +89,7 @@ class DrivenSession(Session):
         for cache in self.offloaded.values():
             cache.__dict__.pop("choose", None)
         self.driven = overlap is not None
-        self.decoder.graph = None
+        self.decoder.forget_graphs()
         if overlap is None:
             return
         self.step_cosine, self.guess_cosine = self._cosine_for(overlap), self._cosine_for(recall)
@@ -99,9 +99,11 @@ class DrivenSession(Session):
     def _drive_cache(self, index: int, cache: LayerCache) -> None:
         plain = cache.choose
 
-        def choose(_: torch.Tensor, scale: float, selection: Any, work: Any, phase: int) -> None:
+        def choose(
+            _: torch.Tensor, scale: float, selection: Any, work: Any, phase: int, attended: bool
+        ) -> None:
             query = self.guesses[index] if phase == PREDICTED else self.queries[index]
-            plain(query, scale, selection, work, phase)
+            plain(query, scale, selection, work, phase, attended)
 
         cache.choose = choose  # type: ignore[method-assign, assignment]
 
@@ -123,7 +125,7 @@ class DrivenSession(Session):
         cache, selection = self.offloaded[0], self.prefetcher.selection
         cache.resident.clear()  # no step passes between them: no slot would be free
         history, cache.history = cache.history, None  # sticky selection aside
-        cache.choose(query, self.layout.head_dim**-0.5, selection, self.prefetcher.work, TRUE)
+        cache.choose(query, self.layout.head_dim**-0.5, selection, self.prefetcher.work, TRUE, True)
         cache.history = history
         chosen = torch.zeros_like(cache.resident.slot_of_token, dtype=torch.bool)
         count = int(selection.counts.min())  # the same for all: lengths and budgets are
@@ -172,7 +174,7 @@ class DrivenSession(Session):
 
     def close(self) -> None:
         """Drop the graph and the caches; the store stays whose it is."""
-        self.decoder.graph = None
+        self.decoder.forget_graphs()
         self.caches.clear()
         self.offloaded.clear()
 

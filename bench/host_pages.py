@@ -131,7 +131,7 @@ def resolves() -> torch.cuda.CUDAGraph:
     selections = [ascending(drawn[..., :BUDGET]), ascending(drawn[..., ROWS:])]  # [1, Hkv, K]
     count = torch.full((1,), BUDGET, dtype=torch.int32, device="cuda")
     slot_of_token = integers(1, HEADS, TOKENS) - 1
-    token_in_slot, stamps = integers(1, HEADS, BUDGET) - 1, integers(1, HEADS, BUDGET) - 1
+    token_in_slot, stamps = integers(1, HEADS, BUDGET) - 1, integers(1, HEADS, BUDGET, 2) - 1
     hand, step = integers(1, HEADS), integers(1) + 1
     misses = (integers(1, HEADS, BUDGET), integers(1, HEADS, BUDGET), integers(1, HEADS))
     counters = torch.zeros(1, 2, 3, dtype=torch.int64, device="cuda")
@@ -139,7 +139,7 @@ def resolves() -> torch.cuda.CUDAGraph:
 
     def resolve_all() -> None:
         for i in range(REPEATS):
-            resolve(selections[i % 2], count, *resident, i % 2, *misses, counters)
+            resolve(selections[i % 2], count, *resident, i % 2, bool(i % 2), 0, *misses, counters)
 
     graph = captured(resolve_all)
     assert (misses[2] == ROWS).all()

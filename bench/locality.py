@@ -57,8 +57,10 @@ class Watch:
     def _watch(self, index: int, cache: LayerCache) -> None:
         plain = cache.choose
 
-        def choose(query: torch.Tensor, scale: float, selection: Any, work: Any, phase: int) -> None:
-            plain(query, scale, selection, work, phase)
+        def choose(
+            query: torch.Tensor, scale: float, selection: Any, work: Any, phase: int, attended: bool
+        ) -> None:
+            plain(query, scale, selection, work, phase, attended)
             self.chosen.setdefault((index, phase), []).append(selection.tokens.clone())
 
         cache.choose = choose  # type: ignore[method-assign]

@@ -132,7 +132,7 @@ def bench_select(shape: Shape, bits: int, channels: int, budget: int, new_rows: 
     )
     tokens, counts = torch.full((b, h, budget), -1, **INT32), torch.zeros(b, h, **INT32)
     limits = (torch.full((b, h), budget, **INT32), shape.lengths(), shape.sinks, shape.recent)
-    previous = tokens if new_rows else None
+    history = torch.randint(256, (b, h, n), dtype=torch.uint8, device="cuda") if new_rows else None
     moved = b * h * n * (width * codes[0].element_size() + 4 * (bits < 16)) + 4 * b * h * budget
     calls: Calls = [
         partial(
@@ -145,7 +145,7 @@ def bench_select(shape: Shape, bits: int, channels: int, budget: int, new_rows: 
             *limits,
             tokens,
             counts,
-            previous,
+            history,
             new_rows,
         )
         for c in codes
@@ -162,14 +162,14 @@ def bench_resolve(shape: Shape, budget: int):
     second = both[..., budget // 2 :].contiguous()
     slot_of_token = torch.full((b, h, shape.tokens), -1, **INT32)
     token_in_slot = torch.full((b, h, n_slots), -1, **INT32)
-    stamps, hand = torch.full((b, h, n_slots), -1, **INT32), torch.zeros(b, h, **INT32)
+    stamps, hand = torch.full((b, h, n_slots, 2), -1, **INT32), torch.zeros(b, h, **INT32)
     misses = (torch.empty(b, h, budget, **INT32), torch.empty(b, h, budget, **INT32))
     counts, miss_counts = torch.full((b, h), budget, **INT32), torch.empty(b, h, **INT32)
     counters = torch.zeros(b, 2, 3, dtype=torch.int64, device="cuda")
     state = (slot_of_token, token_in_slot, stamps, hand)
     steps = torch.ones(1, **INT32), torch.full((1,), 2, **INT32)
     calls: Calls = [
-        partial(resolve, chosen, counts, *state, step, 1, *misses, miss_counts, counters)
+        partial(resolve, chosen, counts, *state, step, 1, True, 0, *misses, miss_counts, counters)
         for chosen, step in [(first, steps[0]), (second, steps[1])] * 2
     ]
     yield Timing(f"resolve k={budget}, half missed", "default", 0, ""), calls

@@ -1,14 +1,16 @@
 """Where the microseconds of one decode step go.
 
-    python -m bench.profile_step --ctx 262144 --setting 2048:correct --out bench/results/profile.json
+    python -m bench.profile_step --settings 2048:correct:none 1/16:correct:2048 --out profile.json
     python -m bench.profile_step ... --without-products   # torch's own matrix products, for an A/B
 
 Prints every kernel's share of a step and the kernels of one middle layer in
-the order in which they started, with their stream.
+the order in which they started, with their stream; before that, the median of
+steps that no profiler watches. Random weights, no locality.
 """
 
 import argparse
 import json
+import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,16 @@ from torch.profiler import ProfilerActivity, profile
 from offload_runtime import RuntimeConfig
 from offload_runtime.adapter import ModelAdapter
 from offload_runtime.bench.driven import DrivenSession
+from offload_runtime.bench.host_store import HostStore
 from offload_runtime.bench.machine import machine
 from offload_runtime.bench.shapes import random_model
+from offload_runtime.devices import free_unused
 from offload_runtime.fusion import Fusion
 from offload_runtime.product_trial import choices
 
 STEPS = 3
-SETTLE_STEPS = 6  # compile, capture, and let the resident set reach its steady state
+TIMED_STEPS = 30
+SETTLE_STEPS = 16  # compile, capture, and let the resident set reach its steady state
 
 
 def kernel_events(session: DrivenSession, trace: Path) -> list[dict[str, Any]]:
@@ -66,43 +71,55 @@ def middle_layer(events: list[dict[str, Any]], layers: int) -> list[str]:
     ]
 
 
+def measure(adapter: ModelAdapter, setting: str, ctx: int, store: HostStore, options: Any) -> dict[str, Any]:
+    """Profile one setting, "budget:prefetch:new rows", and print what was found."""
+    budget, mode, new_rows = setting.split(":")
+    config = RuntimeConfig(ctx=ctx, budget=budget, prefetch=mode, new_rows=new_rows)
+    session = DrivenSession(adapter, config, 1, store)
+    if options.without_products:
+        session.decoder.fusion = Fusion(adapter, 1, products=False)
+    session.restart(SETTLE_STEPS + TIMED_STEPS + STEPS)
+    for _ in range(SETTLE_STEPS):
+        session.advance()
+    median = statistics.median(session.timed_step() for _ in range(TIMED_STEPS))
+    events = kernel_events(session, options.out.with_suffix(".trace.json"))
+    table, timeline = by_kernel(events), middle_layer(events, len(adapter.layers))
+    span = (events[-1]["ts"] + events[-1]["dur"] - events[0]["ts"]) / STEPS
+    print(f"\n{setting}: median {median:.2f} ms a step, {span:.0f} us under the profiler")
+    for row in table[: options.rows]:
+        print(f"{row['us_per_step']:9.1f} us {row['launches']:6.1f} x  s{row['stream']:<4} {row['kernel']}")
+    print("\n".join(timeline), flush=True)
+    session.close()
+    free_unused(adapter.device)
+    return {
+        "setting": setting,
+        "median_ms": median,
+        "us_per_step": span,
+        "kernels": table,
+        "middle_layer": timeline,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", default="llama-3.1-8b")
     parser.add_argument("--ctx", type=int, default=262144)
-    parser.add_argument("--setting", default="2048:correct", help="budget:prefetch[:new rows]")
-    parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument(
+        "--settings", nargs="+", default=["2048:correct:none"], help="budget:prefetch:new rows"
+    )
+    parser.add_argument("--rows", type=int, default=25, help="kernels to print of each setting")
     parser.add_argument("--without-products", action="store_true", help="torch's own matrix products")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     adapter = ModelAdapter(random_model(options.shape, options.ctx))
-    budget, mode, *rest = options.setting.split(":")
-    new_rows = rest[0] if rest else None
-    config = RuntimeConfig(ctx=options.ctx, budget=budget, prefetch=mode, new_rows=new_rows)
+    elements = options.ctx * adapter.kv_heads * 2 * adapter.head_dim
+    store = HostStore(len(adapter.layers), elements, adapter.dtype, adapter.device)
     with torch.no_grad():
-        session = DrivenSession(adapter, config, 1)
-        if options.without_products:
-            session.decoder.fusion = Fusion(adapter, 1, products=False)
-        session.restart(SETTLE_STEPS + STEPS)
-        for _ in range(SETTLE_STEPS):
-            session.advance()
-        events = kernel_events(session, options.out.with_suffix(".trace.json"))
-    table, timeline = by_kernel(events), middle_layer(events, len(adapter.layers))
-    span = (events[-1]["ts"] + events[-1]["dur"] - events[0]["ts"]) / STEPS
-    print(f"{span:.0f} us a step, setting {options.setting}")
-    for row in table[: options.rows]:
-        print(f"{row['us_per_step']:9.1f} us {row['launches']:6.1f} x  s{row['stream']:<4} {row['kernel']}")
-    print("\n".join(timeline))
+        profiles = [measure(adapter, name, options.ctx, store, options) for name in options.settings]
     tiles = {f"{key[0]} {key[1]}": tile for key, tile in choices().items()}  # None: torch's own was faster
     print("\n".join(f"{name}: {tile or 'own'}" for name, tile in tiles.items()))
-    report = {
-        "setting": options.setting,
-        "tiles": tiles,
-        "machine": machine(),
-        "us_per_step": span,
-        "kernels": table,
-    }
-    options.out.write_text(json.dumps(report | {"middle_layer": timeline}, indent=1) + "\n")
+    report = {"ctx": options.ctx, "tiles": tiles, "machine": machine(), "profiles": profiles}
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
     options.out.with_suffix(".trace.json").unlink()
 
 

@@ -6,8 +6,8 @@ import torch
 
 from ..kernels.append import append_rows
 from ..kernels.gather import gather_rows
+from ..kernels.history import REMEMBERED
 from ..kernels.query_labels import query_labels
-from ..kernels.remember import remember
 from ..kernels.residency import resolve
 from ..kernels.scores import label_scores
 from ..kernels.select_cluster import cluster_select_available, select_by_labels_cluster
@@ -18,7 +18,7 @@ from .host_rows import HostRows, Lender
 from .label_cache import LabelCache, LabelMaps
 from .layout import KVLayout
 from .resident_set import ResidentSet
-from .selection import History, Selection, Workspace
+from .selection import Selection, Workspace
 
 PREDICTED, TRUE = 0, 1  # phases of a step, the second index of the counters
 
@@ -51,15 +51,18 @@ class LayerCache:
         memory: Lender,
         rows_place: torch.device | None = None,
     ) -> None:
-        """rows_place: where the rows are kept, by default in host memory that `memory` lends."""
+        """new_rows: sticky selection's, None selects exactly. rows_place: where the rows are kept, by default
+        in host memory that `memory` lends."""
         self.layout, self.state, self.new_rows = layout, state, new_rows
         self.host = HostRows(layout, rows_place or torch.device("cpu"), memory, device)
         self.labels = LabelCache(layout, device)
         self.resident = ResidentSet(layout, device)
         self.maps = LabelMaps(layout, device)
-        self.history = None if new_rows is None else History(layout, device)
         self.one_kernel = cluster_select_available(device, layout.capacity)
         heads = (layout.batch, layout.kv_heads)
+        self.history: torch.Tensor | None = None  # kernels/history.py
+        if new_rows is not None:
+            self.history = torch.zeros(*heads, layout.capacity, dtype=torch.uint8, device=device)
         self.budgets = torch.zeros(heads, dtype=torch.int32, device=device)  # K of each KV head
         self.counters = torch.zeros(layout.batch, 2, 3, dtype=torch.int64, device=device)
 
@@ -68,14 +71,14 @@ class LayerCache:
         self.resident.clear()
         self.counters.zero_()
         if self.history is not None:
-            self.history.clear()
+            self.history.zero_()
 
     def clear_place(self, place: int) -> None:
         """Start one sequence's place clean and leave the others as they are."""
         self.resident.clear_place(place)
         self.counters[place].zero_()
         if self.history is not None:
-            self.history.clear_place(place)
+            self.history[place].zero_()
 
     def make_slots(self) -> None:
         """Allocate the slots unless they exist."""
@@ -88,11 +91,18 @@ class LayerCache:
         self.labels.write(key[:, :, None], self.maps, self.state.positions)  # [B, Hkv, 1, D]
 
     def choose(
-        self, query: torch.Tensor, scale: float, selection: Selection, work: Workspace, phase: int
+        self,
+        query: torch.Tensor,
+        scale: float,
+        selection: Selection,
+        work: Workspace,
+        phase: int,
+        attended: bool,
     ) -> None:
         """Choose each KV head's tokens for query [B, Hq, D] by label score, and see that each has a slot.
 
-        gather() then fills the slots of those that were not resident.
+        attended: the step attends to this selection, which the next sticky ones then start from; else it
+        only moves rows early. gather() fills the slots of those that were not resident.
         """
         state, resident, maps, cache = self.state, self.resident, self.maps, self.labels
         fixed = (resident.sinks, resident.recent)
@@ -109,43 +119,35 @@ class LayerCache:
         label_arguments = (labels, offsets, cache.codes, cache.scales, cache.bits)
         chosen = (selection.tokens, selection.counts)
         if self.one_kernel:
-            before = None if self.history is None else self.history.tokens
             limits = (self.budgets, state.lengths, *fixed)
-            select_by_labels_cluster(*label_arguments, *limits, *chosen, before, self.new_rows or 0)
+            new_rows = self.new_rows or 0
+            select_by_labels_cluster(
+                *label_arguments, *limits, *chosen, history=self.history, new_rows=new_rows, attended=attended
+            )
         else:
             label_scores(*label_arguments, state.lengths, *fixed, work.scores)
-            self._top_k(selection, work)
+            self._top_k(selection, work, attended)
         slot_maps = (resident.slot_of_token, resident.token_in_slot, resident.stamps, resident.hand)
         misses = (work.miss_tokens, work.miss_slots, work.miss_counts, self.counters)
-        resolve(*chosen, *slot_maps, state.step, phase, *misses)
+        kept_steps = 0 if self.history is None else REMEMBERED
+        resolve(*chosen, *slot_maps, state.step, phase, attended, kept_steps, *misses)
 
-    def _top_k(self, selection: Selection, work: Workspace) -> None:
+    def _top_k(self, selection: Selection, work: Workspace, attended: bool) -> None:
         """The best-scored tokens, or with a history the sticky ones."""
         state, fixed = self.state, (self.resident.sinks, self.resident.recent)
         chosen = (selection.tokens, selection.counts)
         if self.history is None:
             select_topk(work.scores, self.budgets, state.lengths, *fixed, *chosen)
             return
+        new_rows = self.new_rows or 0
         sticky_topk(
-            work.scores,
-            self.budgets,
-            self.new_rows or 0,
-            state.lengths,
-            *fixed,
-            self.history.tokens,
-            self.history.counts,
-            *chosen,
+            work.scores, self.budgets, new_rows, state.lengths, *fixed, self.history, attended, *chosen
         )
 
     def gather(self, work: Workspace) -> None:
         """Bring the rows that choose() listed from host memory into their slots."""
         misses = (work.miss_tokens, work.miss_slots, work.miss_counts)
         gather_rows(self.host.rows, *misses, self.resident.slots, self.layout.fixed_slots)
-
-    def keep(self, selection: Selection) -> None:
-        """Remember the selection that was attended to: the next sticky selections start from it."""
-        if self.history is not None:
-            remember(selection.tokens, selection.counts, self.state.step, self.history.steps)
 
     def attend(
         self,

@@ -14,11 +14,6 @@ SCALE_PAIR_BYTES = 4  # float16 scale and offset of one token's label
 INT32_BYTES = 4
 HOST_PAGE_BYTES = 2 << 20  # of managed memory: a head's rows may end in the middle of one
 SCORE_BYTES = 4  # float32
-# Selections whose tokens sticky selection lets come back. SmolLM2-135M, an eighth of the budget new: 0.992 of
-# exact selection's mass with one, 0.994 with two, 0.996 with four, 0.998 with eight (bench/results/sticky_*).
-# The default of 2 K slots holds eight steps' eighths; with fewer slots they are fetched again, for how many
-# slots there are must not change what is selected.
-REMEMBERED = 8
 
 
 @dataclass(frozen=True)
@@ -90,8 +85,8 @@ class KVLayout:
 
     @property
     def map_bytes(self) -> int:
-        """GPU bytes of one layer's token-to-slot map, its inverse and its stamps."""
-        return self.heads * (self.capacity + 2 * self.slots) * INT32_BYTES
+        """GPU bytes of one layer's token-to-slot map, its inverse and its two stamps a slot."""
+        return self.heads * (self.capacity + 3 * self.slots) * INT32_BYTES
 
     @property
     def window_bytes(self) -> int:
@@ -112,8 +107,8 @@ class KVLayout:
 
     @property
     def history_bytes(self) -> int:
-        """GPU bytes of one layer's last selections [B, Hkv, W, K] and their counts."""
-        return self.heads * (REMEMBERED * self.budget + 1) * INT32_BYTES
+        """GPU bytes of one layer's last selections, a bit each: [B, Hkv, N]."""
+        return self.heads * self.capacity
 
     @property
     def gpu_bytes(self) -> int:

@@ -31,7 +31,7 @@ class ResidentSet:
 
         self.slot_of_token = integers(layout.capacity, -1)
         self.token_in_slot = integers(layout.slots, -1)
-        self.stamps = integers(layout.slots, -1)
+        self.stamps = integers(2 * layout.slots, -1).view(*heads, layout.slots, 2)  # attended, predicted
         self.hand = torch.zeros(heads, dtype=torch.int32, device=device)
 
     @property

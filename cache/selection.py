@@ -1,8 +1,8 @@
-"""A selection, the last steps' selections, and the buffers that a selection is made in."""
+"""A selection, and the buffers that a selection is made in."""
 
 import torch
 
-from .layout import REMEMBERED, KVLayout
+from .layout import KVLayout
 
 
 class Selection:
@@ -12,26 +12,6 @@ class Selection:
         shape = (layout.batch, layout.kv_heads, layout.budget)
         self.tokens = torch.full(shape, -1, dtype=torch.int32, device=device)
         self.counts = torch.zeros(shape[:2], dtype=torch.int32, device=device)
-
-
-class History:
-    """The selections of the last steps, the members of a sticky selection: kernels/remember.py.
-
-    steps [B, Hkv, W, K]; tokens [B, Hkv, W K] and counts [B, Hkv] are the same as one list with gaps of -1.
-    """
-
-    def __init__(self, layout: KVLayout, device: torch.device) -> None:
-        heads, listed = (layout.batch, layout.kv_heads), REMEMBERED * layout.budget
-        shape = (*heads, REMEMBERED, layout.budget)
-        self.steps = torch.full(shape, -1, dtype=torch.int32, device=device)
-        self.tokens = self.steps.view(*heads, listed)
-        self.counts = torch.full(heads, listed, dtype=torch.int32, device=device)
-
-    def clear(self) -> None:
-        self.steps.fill_(-1)
-
-    def clear_place(self, place: int) -> None:
-        self.steps[place].fill_(-1)
 
 
 class Workspace:

@@ -47,13 +47,6 @@ __device__ void remote_add(const void* local, unsigned rank, unsigned value) {
                  : "memory");
 }
 
-__device__ void remote_or(const void* local, unsigned rank, unsigned bits) {
-    asm volatile("red.relaxed.cluster.shared::cluster.or.b32 [%0], %1;"
-                 :
-                 : "r"(remote_address(local, rank)), "r"(bits)
-                 : "memory");
-}
-
 __device__ unsigned long long remote_load_u64(const void* local, unsigned rank) {
     unsigned long long value;
     asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(value) : "r"(remote_address(local, rank)) : "memory");

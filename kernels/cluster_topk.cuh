@@ -11,6 +11,7 @@
 constexpr int WARPS = THREADS / 32;
 constexpr int BIN_BITS = 11, BINS = 1 << BIN_BITS;  // 12 take 3 us longer, and 7 in a sticky selection (H100)
 constexpr int SLICE = BINS / CLUSTER;  // the bins that a CTA adds up for the cluster
+constexpr int AGES = 8;                // steps that a token's byte of history remembers
 constexpr int LIST = 256;              // ranking n tokens takes n^2 comparisons: 65,536 are 1 us of one SM
 // Scores are log 2 of a weight over the recent tokens': bins of 1/32 from 2^-56 of it (nothing) to 2^8.
 constexpr float BINS_A_UNIT = BINS / 64.f, LOWEST = -56.f;
@@ -22,7 +23,7 @@ struct Shared {
     unsigned long long list[LIST];        // of this CTA's tokens, those in the range; read by the other CTAs
     unsigned long long cluster_list[LIST];
     int listed, higher;                   // this CTA's tokens in and above the range; read by the other CTAs
-    int members;                          // of the previous selection, found by this CTA
+    int ages[AGES];                       // of a sticky selection: this CTA's tokens selected 1, 2, ... steps ago
     int warp_chosen[WARPS];
     unsigned digit;                       // the bin with the cut, what is wanted of it, and its tokens
     int wanted, inside;

@@ -9,12 +9,14 @@ an atomic total or for another program. The per-block counts also give each bloc
 its place in the output, so the compaction needs no counting pass.
 
 Several selections run at once as streams: 0 over all tokens, and for sticky
-selection 1 over the tokens outside the previous selection and 2 over its members.
+selection 1 over the tokens outside of its members and 2 over those.
 """
 
 import torch
 import triton
 import triton.language as tl
+
+from .history import load_members, remembered_bits
 
 DIGITS = 4  # 8 bits each: tl.histogram costs about bins / 32 operations a token, so not wider
 
@@ -137,7 +139,7 @@ def write_histogram(hist, digit, match, CHUNK: tl.constexpr, SPARSE: tl.constexp
 
 @triton.jit
 def digit_kernel(
-    scores, members, budgets, lengths, hist, state, above,
+    scores, history, ages, budgets, lengths, hist, state, above,
     kv_heads, capacity, sinks, recent, new_rows,
     DIGIT: tl.constexpr, STREAMS: tl.constexpr, CHUNK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
@@ -152,7 +154,8 @@ def digit_kernel(
     digit = ((key >> (24 - 8 * DIGIT)) & 255).to(tl.int32)
     n_members = 0
     if STREAMS == 3:
-        member = tl.load(members + row.to(tl.int64) * capacity + positions, mask=selectable, other=0) != 0
+        remembered = remembered_bits(ages, row, wanted, new_rows)
+        member = load_members(history, row, positions, selectable, capacity, remembered)
         if DIGIT == 1:
             base = histogram_of_stream(hist, 2, row, rows, blocks, 0, STREAMS)
             n_members = tl.sum(row_histogram(base, used), 0)

@@ -1,8 +1,9 @@
 """Resolve a selection against the resident set: mark hits, list misses, give them slots.
 
-A slot is free for a miss when the selection at hand does not use it. Free
-slots are taken in ring order from a hand that moves on (CLOCK), so rows stay
-for as long as the set is larger than what was brought in since.
+A slot is free for a miss when the selection at hand does not use it and no step attended
+to its row lately: in the last `kept_steps`, or in so many fewer that there are free slots for all
+misses. Free slots are taken in ring order from a hand that moves on (CLOCK), so rows
+stay for as long as the set is larger than what was brought in since.
 """
 
 import torch
@@ -25,6 +26,8 @@ def resolve_reference(
     hand: torch.Tensor,
     step: torch.Tensor,
     phase: int,
+    attended: bool,
+    kept_steps: int,
     miss_tokens: torch.Tensor,
     miss_slots: torch.Tensor,
     miss_counts: torch.Tensor,
@@ -34,28 +37,36 @@ def resolve_reference(
 
     tokens [B, Hkv, K] and counts [B, Hkv] int32: the selection; slot_of_token
     [B, Hkv, N] int32: resident slot of a token or -1; token_in_slot
-    [B, Hkv, n_slots] int32: its inverse; stamps [B, Hkv, n_slots] int32: when
-    a slot was last selected, 2 * step + phase; hand [B, Hkv] int32; step [1]
-    int32. n_slots >= K. Writes miss_tokens and miss_slots [B, Hkv, K] and
+    [B, Hkv, n_slots] int32: its inverse; stamps [B, Hkv, n_slots, 2] int32: the steps
+    when a slot's row was last attended to and last predicted, -1 never; hand [B, Hkv]
+    int32; step [1] int32. attended: the selection is the step's, not a prediction of it;
+    kept_steps: of how many steps, 8 at most, the rows attended to keep their slots as
+    long as there are others. n_slots >= K. Writes miss_tokens and miss_slots [B, Hkv, K] and
     miss_counts [B, Hkv] int32, and adds to counters [B, 2, 3] int64.
     """
-    now = 2 * int(step) + phase
+    now, mine = int(step), 0 if attended else 1
     n_slots = token_in_slot.shape[-1]
     for b in range(tokens.shape[0]):
         for h in range(tokens.shape[1]):
             chosen = tokens[b, h, : int(counts[b, h])].long()
             slots = slot_of_token[b, h, chosen].long()
             hit = slots[slots >= 0]
-            predicted = int((stamps[b, h, hit] == now - 1).sum()) if phase else 0
-            stamps[b, h, hit] = now
+            predicted = int((stamps[b, h, hit, 1] == now).sum()) if phase else 0
+            stamps[b, h, hit, mine] = now
             missed = chosen[slots < 0]
             ring = (torch.arange(n_slots, device=tokens.device) + int(hand[b, h])) % n_slots
-            victims = ring[stamps[b, h, ring] != now][: len(missed)]
+            unused = stamps[b, h, ring, mine] != now
+            for steps in range(kept_steps, -1, -1):
+                free = ring[unused & (stamps[b, h, ring, 0] < max(now - steps, 0))]
+                if len(free) >= len(missed):
+                    break
+            victims = free[: len(missed)]
             evicted = token_in_slot[b, h, victims].long()
             slot_of_token[b, h, evicted[evicted >= 0]] = -1
             slot_of_token[b, h, missed] = victims.int()
             token_in_slot[b, h, victims] = missed.int()
-            stamps[b, h, victims] = now
+            stamps[b, h, victims] = -1
+            stamps[b, h, victims, mine] = now
             if len(victims):
                 hand[b, h] = (int(victims[-1]) + 1) % n_slots
             miss_tokens[b, h, : len(missed)] = missed.int()
@@ -75,6 +86,8 @@ def resolve_triton(
     hand: torch.Tensor,
     step: torch.Tensor,
     phase: int,
+    attended: bool,
+    kept_steps: int,
     miss_tokens: torch.Tensor,
     miss_slots: torch.Tensor,
     miss_counts: torch.Tensor,
@@ -87,8 +100,8 @@ def resolve_triton(
     resolve_kernel[(batch * kv_heads,)](
         tokens, counts, slot_of_token, token_in_slot, stamps, hand, step,
         miss_tokens, miss_slots, miss_counts, counters,
-        kv_heads, k_max, slot_of_token.shape[-1], token_in_slot.shape[-1],
-        PHASE=phase, BLOCK=block, SCAN=min(block, 4096), num_warps=block // 256,
+        kv_heads, k_max, slot_of_token.shape[-1], token_in_slot.shape[-1], kept_steps,
+        PHASE=phase, ATTENDED=attended, BLOCK=block, SCAN=min(block, 4096), num_warps=block // 256,
     )  # fmt: skip
 
 
@@ -96,19 +109,20 @@ def resolve_triton(
 def resolve_kernel(
     tokens, counts, slot_of_token, token_in_slot, stamps, hand, step,
     miss_tokens, miss_slots, miss_counts, counters,
-    kv_heads, k_max, capacity, n_slots,
-    PHASE: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
+    kv_heads, k_max, capacity, n_slots, kept_steps,
+    PHASE: tl.constexpr, ATTENDED: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """Stamp the hits and list the misses, then give the misses the next free slots."""
     row = tl.program_id(0)
     count = tl.load(counts + row)
-    now = 2 * tl.load(step) + PHASE
+    now = tl.load(step)
     tokens += row.to(tl.int64) * k_max
     miss_tokens += row.to(tl.int64) * k_max
     miss_slots += row.to(tl.int64) * k_max
     slot_of_token += row.to(tl.int64) * capacity
     token_in_slot += row.to(tl.int64) * n_slots
-    stamps += row.to(tl.int64) * n_slots
+    stamps += row.to(tl.int64) * n_slots * 2
+    mine = stamps + (0 if ATTENDED else 1)
 
     misses = 0
     predicted = 0
@@ -119,13 +133,21 @@ def resolve_kernel(
         hit = (index < count) & (slot >= 0)
         miss = (index < count) & (slot < 0)
         if PHASE == 1:
-            stamp = tl.load(stamps + slot, mask=hit, other=-1)
-            predicted += tl.sum((hit & (stamp == now - 1)).to(tl.int32), 0)
-        tl.store(stamps + slot, tl.zeros([BLOCK], tl.int32) + now, mask=hit)
+            stamp = tl.load(stamps + 2 * slot + 1, mask=hit, other=-1)
+            predicted += tl.sum((hit & (stamp == now)).to(tl.int32), 0)
+        tl.store(mine + 2 * slot, tl.zeros([BLOCK], tl.int32) + now, mask=hit)
         place = misses + tl.cumsum(miss.to(tl.int32), 0) - 1
         tl.store(miss_tokens + place, token, mask=miss)
         misses += tl.sum(miss.to(tl.int32), 0)
     tl.debug_barrier()  # the stamps and the miss list are read below by other threads
+
+    ages = tl.arange(0, 16)
+    of_age = tl.zeros([16], tl.int32)
+    for first in range(0, tl.where(misses > 0, n_slots, 0), SCAN):
+        slot = first + tl.arange(0, SCAN)  # [SCAN]
+        of_age += tl.histogram(ages_of(stamps, mine, slot, slot < n_slots, now), 16)
+    older = tl.sum(of_age, 0) - tl.cumsum(of_age, 0)  # [16] slots of a higher age
+    steps = tl.max(tl.where((older >= misses) & (ages <= kept_steps), ages, 0), 0)
 
     start = tl.load(hand + row)
     scanned = 0
@@ -136,7 +158,7 @@ def resolve_kernel(
         inside = offset < n_slots
         slot = start + offset
         slot = tl.where(slot >= n_slots, slot - n_slots, slot)
-        free = inside & (tl.load(stamps + slot, mask=inside, other=0) != now)
+        free = ages_of(stamps, mine, slot, inside, now) > steps
         place = given + tl.cumsum(free.to(tl.int32), 0) - 1
         taken = free & (place < misses)
         evicted = tl.load(token_in_slot + slot, mask=taken, other=-1)
@@ -144,7 +166,8 @@ def resolve_kernel(
         tl.store(slot_of_token + evicted, tl.full([SCAN], -1, tl.int32), mask=taken & (evicted >= 0))
         tl.store(slot_of_token + token, slot, mask=taken)
         tl.store(token_in_slot + slot, token, mask=taken)
-        tl.store(stamps + slot, tl.zeros([SCAN], tl.int32) + now, mask=taken)
+        tl.store(stamps + 2 * slot, tl.zeros([SCAN], tl.int32) + (now if ATTENDED else -1), mask=taken)
+        tl.store(stamps + 2 * slot + 1, tl.zeros([SCAN], tl.int32) + (-1 if ATTENDED else now), mask=taken)
         tl.store(miss_slots + place, slot, mask=taken)
         furthest = tl.max(tl.where(taken, offset, -1), 0)
         last = tl.where(furthest >= 0, start + furthest, last)
@@ -159,6 +182,15 @@ def resolve_kernel(
     tl.atomic_add(counters + 2, tl.cast(predicted, tl.int64), sem="relaxed")
 
 
+@triton.jit
+def ages_of(stamps, mine, slot, inside, now):
+    """How many steps ago the rows in slots were attended to, 9 at most; 0 where this selection uses them."""
+    attended = tl.load(stamps + 2 * slot, mask=inside, other=0)
+    used = tl.load(mine + 2 * slot, mask=inside, other=0) == now
+    age = tl.where(attended < 0, 9, tl.minimum(now - attended, 9))
+    return tl.where(inside & (used == 0), age, 0)
+
+
 def resolve(
     tokens: torch.Tensor,
     counts: torch.Tensor,
@@ -168,6 +200,8 @@ def resolve(
     hand: torch.Tensor,
     step: torch.Tensor,
     phase: int,
+    attended: bool,
+    kept_steps: int,
     miss_tokens: torch.Tensor,
     miss_slots: torch.Tensor,
     miss_counts: torch.Tensor,
@@ -178,6 +212,6 @@ def resolve(
     if tokens.is_cuda:
         run = resolve_in_clusters if runs_hopper_source(tokens.device) else resolve_triton
     run(
-        tokens, counts, slot_of_token, token_in_slot, stamps, hand, step, phase,
+        tokens, counts, slot_of_token, token_in_slot, stamps, hand, step, phase, attended, kept_steps,
         miss_tokens, miss_slots, miss_counts, counters,
     )  # fmt: skip

@@ -2,7 +2,8 @@
 //
 //   1. look up: each warp takes consecutive selected tokens, stamps the slots of the hits and counts misses;
 //   2. list: a prefix over warps and CTAs gives every miss its place, in token order;
-//   3. give: the free slots, counted the same way in ring order from the hand, go to the misses.
+//   3. give: the free slots, counted the same way in ring order from the hand, go to the misses. Rows that
+//      the last `kept_steps` steps attended to stay, or of fewer steps if there are too few others.
 // The bits are those of resolve_reference.
 //
 // Compile-time: CLUSTER (CTAs), PHASE (0: prediction, 1: true selection). cluster.cuh goes before this text.
@@ -11,10 +12,11 @@
 constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / 32;
 constexpr unsigned ALL = 0xffffffffu;
+constexpr int AGES = 9;  // kept_steps + 1 at most
 
 struct Shared {
     int warp_count[WARPS];
-    int cta_misses, cta_free;  // read by the other CTAs
+    int cta_misses, cta_free, older[AGES];  // read by the other CTAs; older: free slots of more than i steps
 };
 
 // The consecutive entries of a list of n that this warp takes: a whole number of 32 each, in CTA and warp order.
@@ -45,20 +47,49 @@ __device__ int place_of_warp(int count, unsigned rank, Shared& shared, int* cta_
     return __reduce_add_sync(ALL, (lane < warp ? counted : 0) + (lane < (int)rank ? of_cta : 0));
 }
 
-__device__ int load_shared_by_ctas(const int* source) { return __ldcg(source); }  // another CTA may have written it
+// The steps when a slot's row was last attended to and last predicted; -1 never.
+struct alignas(8) Stamp {
+    int attended, predicted;
+};
+
+// Another CTA may have written these.
+__device__ int load_shared_by_ctas(const int* source) { return __ldcg(source); }
+__device__ Stamp load_stamp(const Stamp* source) {
+    int2 both = __ldcg((const int2*)source);
+    return {both.x, both.y};
+}
+
+// How many steps ago a slot's row was attended to, 9 at most; 0 if the selection at hand uses it.
+__device__ int age_of(Stamp stamp, int now, int attended) {
+    if ((attended ? stamp.attended : stamp.predicted) == now) return 0;
+    return stamp.attended < 0 ? AGES : min(now - stamp.attended, AGES);
+}
+
+// The most steps, kept_steps at most, whose rows can stay when `misses` slots are taken. Ends with a cluster barrier.
+__device__ int steps_to_keep(int older, int kept_steps, int misses, Shared& shared) {
+    int lane = threadIdx.x & 31, total = 0;
+    if (lane < AGES && older) atomicAdd(&shared.older[lane], older);
+    __syncthreads();
+    cluster_sync();
+    for (int cta = 0; lane < AGES && cta < CLUSTER; ++cta) total += (int)remote_load(&shared.older[lane], cta);
+    return 31 - __clz(__ballot_sync(ALL, lane <= kept_steps && total >= misses) | 1);
+}
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS) resolve_cluster(
-    const int* tokens, const int* counts, int* slot_of_token, int* token_in_slot, int* stamps, int* hand,
+    const int* tokens, const int* counts, int* slot_of_token, int* token_in_slot, Stamp* stamps, int* hand,
     const int* step, int* miss_tokens, int* miss_slots, int* miss_counts, unsigned long long* counters,
-    int kv_heads, int k_max, int capacity, int n_slots) {
+    int kv_heads, int k_max, int capacity, int n_slots, int attended, int kept_steps) {
     __shared__ Shared shared;
     unsigned rank = cta_rank(), before = (1u << (threadIdx.x & 31)) - 1u;
     int lane = threadIdx.x & 31, sequence = blockIdx.z;
     long long row = (long long)sequence * kv_heads + blockIdx.y;
-    int count = counts[row], now = 2 * *step + PHASE, start = hand[row];
+    int count = counts[row], now = *step, start = hand[row];
     tokens += row * k_max, miss_tokens += row * k_max, miss_slots += row * k_max;
     counters += sequence * 6;  // [B, 2, 3]
     slot_of_token += row * capacity, token_in_slot += row * n_slots, stamps += row * n_slots;
+    int* mine_stamps = (int*)stamps + (attended ? 0 : 1);  // of slot s at 2 s
+
+    if (threadIdx.x < AGES) shared.older[threadIdx.x] = 0;
 
     Segment mine = segment_of(count, rank);
     int missed = 0, predicted = 0;
@@ -68,8 +99,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         int slot = i < mine.to ? slot_of_token[tokens[i]] : 0;
         missed += __popc(__ballot_sync(ALL, slot < 0));
         if (i < mine.to && slot >= 0) {
-            if (PHASE == 1) predicted += stamps[slot] == now - 1;
-            stamps[slot] = now;
+            if (PHASE == 1) predicted += stamps[slot].predicted == now;
+            mine_stamps[2 * slot] = now;
         }
     }
     int misses, place = place_of_warp(missed, rank, shared, &shared.cta_misses, misses);
@@ -92,19 +123,23 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     }
 
     mine = segment_of(misses ? n_slots : 0, rank);  // slots in ring order from the hand
-    int found = 0;
+    int older = 0;  // lane i: this warp's free slots whose rows no step attended to in the last i
 #pragma unroll 4
     for (int first = mine.from; first < mine.to; first += 32) {
         int i = first + lane, slot = start + i;
         if (slot >= n_slots) slot -= n_slots;
-        found += __popc(__ballot_sync(ALL, i < mine.to && load_shared_by_ctas(stamps + slot) != now));
+        int age = i < mine.to ? age_of(load_stamp(stamps + slot), now, attended) : 0;
+        for (int steps = 0; steps <= kept_steps; ++steps) {
+            unsigned all = __ballot_sync(ALL, age > steps);
+            if (lane == steps) older += __popc(all);
+        }
     }
-    int all_free;
-    place = place_of_warp(found, rank, shared, &shared.cta_free, all_free);
+    int steps = kept_steps && misses ? steps_to_keep(older, kept_steps, misses, shared) : 0, all_free;
+    place = place_of_warp(__shfl_sync(ALL, older, steps), rank, shared, &shared.cta_free, all_free);
     for (int first = mine.from; first < mine.to && place < misses; first += 32) {
         int i = first + lane, slot = start + i;
         if (slot >= n_slots) slot -= n_slots;
-        bool is_free = i < mine.to && load_shared_by_ctas(stamps + slot) != now;
+        bool is_free = i < mine.to && age_of(load_stamp(stamps + slot), now, attended) > steps;
         unsigned all = __ballot_sync(ALL, is_free);
         int given = place + __popc(all & before);
         if (is_free && given < misses) {
@@ -112,7 +147,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             if (evicted >= 0) slot_of_token[evicted] = -1;
             slot_of_token[token] = slot;
             token_in_slot[slot] = token;
-            stamps[slot] = now;
+            stamps[slot] = attended ? Stamp{now, -1} : Stamp{-1, now};
             miss_slots[given] = slot;
             if (given == misses - 1) hand[row] = slot + 1 == n_slots ? 0 : slot + 1;
         }

@@ -26,6 +26,8 @@ def resolve_in_clusters(
     hand: torch.Tensor,
     step: torch.Tensor,
     phase: int,
+    attended: bool,
+    kept_steps: int,
     miss_tokens: torch.Tensor,
     miss_slots: torch.Tensor,
     miss_counts: torch.Tensor,
@@ -41,7 +43,9 @@ def resolve_in_clusters(
         miss_tokens, miss_slots, miss_counts, counters,
     )  # fmt: skip
     assert all(tensor.is_contiguous() for tensor in tensors)
-    numbers = (kv_heads, k_max, slot_of_token.shape[-1], token_in_slot.shape[-1])
+    numbers = (
+        kv_heads, k_max, slot_of_token.shape[-1], token_in_slot.shape[-1], int(attended), kept_steps
+    )  # fmt: skip
     stream = torch.cuda.current_stream(device).cuda_stream
     with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream):
         compiled(phase, device.index)(

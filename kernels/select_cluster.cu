@@ -6,6 +6,7 @@
 //   2. choose (cluster_topk.cuh): the histogram over the cluster finds the cut to within a few tokens, which
 //      all CTAs then rank; a sticky selection does so twice, first among the tokens outside of the last one;
 //   3. write: a prefix over CTAs and warps gives every chosen token its place, in token order.
+// A sticky selection reads its members from a byte a token with the steps that selected it, and writes those on.
 // Scores are in units of log 2 and differ from label_scores_reference by rounding only.
 //
 // Compile-time: CHANNELS (16, 32, 64, 128), BITS (4, 8, 16), GROUP (query heads a KV head), THREADS,
@@ -43,29 +44,58 @@ __device__ void score_tokens(
 }
 
 // Zero the counts, and open a cluster barrier: no CTA may write another's before all are zero.
-__device__ void clear_counts(Shared& shared, unsigned* member_bits, int words) {
+__device__ void clear_counts(Shared& shared) {
     for (int i = threadIdx.x; i < BINS; i += THREADS) shared.histogram[i] = 0;
     for (int i = threadIdx.x; i < SLICE; i += THREADS) shared.slice_total[0][i] = 0;
-    for (int i = threadIdx.x; STICKY && i < words; i += THREADS) member_bits[i] = 0;
-    if (threadIdx.x == 0) shared.slice_sum[0] = 0, shared.members = 0;
-    cluster_publish();
+    if (threadIdx.x == 0) shared.slice_sum[0] = 0;
+    if (threadIdx.x < AGES) shared.ages[threadIdx.x] = 0;
+    __syncthreads();  // ages are counted before the cluster's barrier ends
 }
 
-// Mark a CTA's part of the previous selection in the bit maps of the cluster.
-__device__ void mark_members(
-    const int* previous, int previous_max, int start, int end, int share, unsigned rank, unsigned* member_bits,
-    Shared& shared) {
-    for (int base = rank * THREADS; base < previous_max; base += CLUSTER * THREADS) {
-        int i = base + threadIdx.x;
-        int token = i < previous_max ? previous[i] : -1;
-        bool selectable = token >= start && token < end;
-        if (selectable) {
-            int owner = (token - start) / share, local = token - start - owner * share;
-            remote_or(&member_bits[local >> 5], owner, 1u << (local & 31));
-        }
-        int found = __popc(__ballot_sync(ALL, selectable));
-        if (threadIdx.x % 32 == 0 && found) atomicAdd(&shared.members, found);
+// Count this CTA's tokens by age: how many steps ago they were selected last, which is a byte's lowest bit.
+__device__ void count_ages(const unsigned char* history, int n, Shared& shared) {
+    unsigned long long counts = 0;  // 8 bits an age: a thread has at most 112 tokens (56 K keys fill an SM)
+#pragma unroll 16
+    for (int i = threadIdx.x; i < n; i += THREADS) {
+        unsigned past = history[i];
+        counts += past ? 1ull << 8 * (__ffs(past) - 1) : 0;
     }
+    for (int age = 0; age < AGES; ++age) {
+        int count = __reduce_add_sync(ALL, (int)(counts >> 8 * age & 255));
+        if (threadIdx.x % 32 == 0 && count) atomicAdd(&shared.ages[age], count);
+    }
+}
+
+// The bits of as many steps as have together at most `limit` tokens, one step at least; how many they have.
+__device__ unsigned remembered_bits(Shared& shared, int limit, int& members) {
+    int lane = threadIdx.x & 31, counts[AGES];
+#pragma unroll
+    for (int age = 0; age < AGES; ++age)
+        counts[age] = lane < CLUSTER ? (int)remote_load(&shared.ages[age], lane) : 0;
+    unsigned bits = 1;
+    members = __reduce_add_sync(ALL, counts[0]);
+    for (int age = 1, upto = members; age < AGES; ++age) {
+        upto += __reduce_add_sync(ALL, counts[age]);
+        if (upto <= limit) bits |= 1u << age, members = upto;
+    }
+    return bits;
+}
+
+// Of this CTA's tokens, those selected in one of the steps in `remembered` to member_bits [n / 32]; a word a warp.
+__device__ void load_members(const unsigned char* history, int n, unsigned remembered, unsigned* member_bits) {
+    int lane = threadIdx.x & 31, words = (n + 31) / 32;
+#pragma unroll 16
+    for (int word = threadIdx.x >> 5; word < words; word += WARPS) {
+        int i = word * 32 + lane;
+        unsigned bits = __ballot_sync(ALL, i < n && (history[i] & remembered));
+        if (lane == 0) member_bits[word] = bits;
+    }
+}
+
+// One step on: what was selected a step ago was now selected two steps ago, and `chosen` [n / 32] a step ago.
+__device__ void write_history(unsigned char* __restrict__ history, int n, const unsigned* __restrict__ chosen) {
+#pragma unroll 8
+    for (int i = threadIdx.x; i < n; i += THREADS) history[i] = history[i] << 1 | (chosen[i >> 5] >> (i & 31) & 1);
 }
 
 // Add `count` to the histogram for each marked token.
@@ -76,13 +106,14 @@ __device__ void count_marked(Part part, const unsigned* marks, unsigned count, S
     }
 }
 
-// Sticky selection: add to member_bits [n / 32] the best tokens outside of it, as many as may enter, and
-// leave the histogram with the tokens of member_bits. Closes no cluster barrier that it did not open.
+// Sticky selection: the members and the best other tokens, as many as may enter, to member_bits [n / 32], and
+// to the histogram. Closes no cluster barrier that it did not open.
 __device__ void admit_others(
-    Part part, int span, int k, int new_rows, unsigned rank, int& round, unsigned* member_bits,
-    unsigned* chosen, Shared& shared) {
-    int lane = threadIdx.x & 31;
-    int members = __reduce_add_sync(ALL, lane < CLUSTER ? (int)remote_load(&shared.members, lane) : 0);
+    Part part, const unsigned char* history, int span, int k, int new_rows, unsigned rank, int& round,
+    unsigned* member_bits, unsigned* chosen, Shared& shared) {
+    int members;
+    unsigned remembered = remembered_bits(shared, 2 * k - new_rows, members);
+    load_members(history, part.n, remembered, member_bits);
     int wanted = min(min(max(new_rows, k - members), k), span - members);
     auto others = [&](int word) { return ~member_bits[word]; };
     __syncthreads();
@@ -97,41 +128,41 @@ __device__ void admit_others(
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, RESIDENT)
     select_cluster(
         const float* query_labels, const float* offsets, const unsigned char* codes, const unsigned* scales,
-        const int* budgets, const int* lengths, const int* previous, int* tokens, int* counts, int kv_heads,
-        int capacity, int sinks, int recent, int new_rows, int previous_max, int k_max) {
+        const int* budgets, const int* lengths, unsigned char* history, int* tokens, int* counts, int kv_heads,
+        int capacity, int sinks, int recent, int new_rows, int attended, int k_max) {
     extern __shared__ __align__(16) unsigned dynamic[];
     __shared__ Shared shared;
     unsigned rank = cta_rank();
     int sequence = blockIdx.z, row = sequence * kv_heads + (int)blockIdx.y;
     int end = max(lengths[sequence] - recent, sinks), span = end - sinks;
     int k = min(budgets[row], span), *target = tokens + (long long)row * k_max;
+    int share = (span + CLUSTER * 32 - 1) / (CLUSTER * 32) * 32;
+    int first = sinks + rank * share, n = max(min(share, end - first), 0);
+    long long place = (long long)row * capacity + first;
     if (k > 0 && k < span) {
-        int share = (span + CLUSTER * 32 - 1) / (CLUSTER * 32) * 32;
-        int first = sinks + rank * share, n = max(min(share, end - first), 0);
         unsigned *keys = dynamic, *chosen = keys + share, *member_bits = chosen + share / 32;
-        clear_counts(shared, member_bits, share / 32);
-        if (STICKY) {
-            cluster_wait();
-            previous += (long long)row * previous_max;
-            mark_members(previous, previous_max, sinks, end, share, rank, member_bits, shared);
-            cluster_arrive();
-        }
-        long long place = (long long)row * capacity + first;
+        clear_counts(shared);
+        if (STICKY) count_ages(history + place, n, shared);
+        cluster_publish();
         score_tokens(codes + place * ROW_BYTES, scales + place, query_labels + row * GROUP * CHANNELS,
                      offsets + row * GROUP, n, keys, shared);
-        cluster_wait();  // every CTA's totals are zero, and the members marked
+        cluster_wait();  // every CTA's totals are zero, and the ages counted
         Part part = {keys, n, (int)rank * share};
         auto eligible = [&](int word) { return STICKY ? member_bits[word] : ALL; };
         int wanted = k, round = 0;
-        if (STICKY) admit_others(part, span, k, new_rows, rank, round, member_bits, chosen, shared);
+        if (STICKY)
+            admit_others(part, history + place, span, k, new_rows, rank, round, member_bits, chosen, shared);
         Range range = find_range(part, wanted, round, shared, eligible);
         collect(part, range, chosen, shared, eligible);
         int lower = choose_listed(part, wanted, rank, chosen, shared);
         cluster_arrive_relaxed();  // this thread reads no other CTA's memory below
         write_chosen(chosen, n, first, target, lower, shared);
+        if (STICKY && attended) write_history(history + place, n, chosen);
         cluster_wait();  // no CTA leaves while another may read its shared memory
     } else {
         for (int i = rank * THREADS + threadIdx.x; i < k; i += CLUSTER * THREADS) target[i] = sinks + i;
+        for (int i = threadIdx.x; STICKY && attended && i < n; i += THREADS)
+            history[place + i] = history[place + i] << 1 | (k > 0);
     }
     for (int i = k + rank * THREADS + threadIdx.x; i < k_max; i += CLUSTER * THREADS) target[i] = -1;
     if (rank == 0 && threadIdx.x == 0) counts[row] = k;

@@ -48,16 +48,16 @@ def select_by_labels_cluster(
     recent: int,
     tokens: torch.Tensor,
     counts: torch.Tensor,
-    previous_tokens: torch.Tensor | None = None,
+    history: torch.Tensor | None = None,
     new_rows: int = 0,
+    attended: bool = True,
 ) -> None:
-    """label_scores and then select_topk, or sticky_topk when previous_tokens is given.
+    """label_scores and then select_topk, or sticky_topk when there is a history.
 
     query_labels [B, Hq, R] and offsets [B, Hq] float32; codes [B, Hkv, N,
     code_width] and scales [B, Hkv, N, 2]: the label cache; budgets [B, Hkv] and
     lengths [B] int32; tokens [B, Hkv, K] and counts [B, Hkv] int32 are written.
-    previous_tokens [B, Hkv, K'] int32: the members of a sticky selection, each once, -1
-    is a gap; it may be `tokens` itself. All tensors contiguous.
+    history [B, Hkv, N] uint8 and attended: as sticky_topk_reference has them. All tensors contiguous.
     Scores are rounded differently from label_scores (a relative 1e-6 or so), so
     tokens of nearly equal score may change places; the same input gives the same bits.
     """
@@ -65,11 +65,11 @@ def select_by_labels_cluster(
 
     batch, kv_heads, capacity = codes.shape[:3]
     channels, group = query_labels.shape[2], query_labels.shape[1] // kv_heads
-    sticky = previous_tokens is not None
-    previous = tokens if previous_tokens is None else previous_tokens
+    sticky = history is not None
+    past = codes if history is None else history  # never read without one
     kernel, cluster = compiled(channels, bits, group, sticky, capacity, tokens.device.index)
-    pointers = (query_labels, offsets, codes, scales, budgets, lengths, previous, tokens, counts)
-    numbers = (kv_heads, capacity, sinks, recent, new_rows, previous.shape[-1], tokens.shape[-1])
+    pointers = (query_labels, offsets, codes, scales, budgets, lengths, past, tokens, counts)
+    numbers = (kv_heads, capacity, sinks, recent, new_rows, int(attended), tokens.shape[-1])
     stream = torch.cuda.current_stream(tokens.device).cuda_stream
     with cupy.cuda.Device(tokens.device.index), cupy.cuda.ExternalStream(stream):
         kernel(

@@ -1,16 +1,16 @@
 """Sticky selection: the k best-scored tokens, with at most `new_rows` of them new.
 
-Members are the tokens of the last selections (remember.py). When more than
-new_rows tokens of the exact top-k are no members, the selection is the new_rows
-best of those outside and the best members. Tail tokens of nearly equal score
-are interchangeable, so this holds the attention mass (bench/results/sticky_*.json)
-while it bounds what a step has to bring over PCIe.
+Members are the tokens of the last selections (history.py). When more than new_rows tokens of the exact
+top-k are no members, the selection is the new_rows best of those outside and the best members. Tail tokens
+of nearly equal score are interchangeable, so this holds the attention mass while it bounds what a step has to
+bring over PCIe.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from .history import REMEMBERED, count_ages_kernel, load_members, members_of, remembered_bits
 from .radix import (
     DIGITS,
     digit_kernel,
@@ -22,8 +22,6 @@ from .radix import (
     span_of_row,
 )
 
-MARKED = 1024  # members a program marks
-
 
 def sticky_topk_reference(
     scores: torch.Tensor,
@@ -32,35 +30,35 @@ def sticky_topk_reference(
     lengths: torch.Tensor,
     sinks: int,
     recent: int,
-    previous_tokens: torch.Tensor,
-    previous_counts: torch.Tensor,
+    history: torch.Tensor,
+    attended: bool,
     tokens: torch.Tensor,
     counts: torch.Tensor,
 ) -> None:
     """Write the sticky selection of each sequence and KV head.
 
     scores [B, Hkv, N] float32; budgets [B, Hkv] int32: k of each KV head, at most
-    K; lengths [B] int32; previous_tokens [B, Hkv, K'] and previous_counts [B, Hkv]
-    int32: the members, each once, of which only selectable tokens count; -1 is a
-    gap. tokens [B, Hkv, K] int32 (ascending, -1 past the count) and counts [B, Hkv]
-    int32 as select_topk writes them; they may be the members' own buffers.
+    K; lengths [B] int32; history [B, Hkv, N] uint8, as history.py has
+    it. attended: this selection is the step's, so the history takes it in; else (a
+    prediction) it stays as it is. tokens [B, Hkv, K] int32
+    (ascending, -1 past the count) and counts [B, Hkv] int32 as select_topk writes them.
     Ties go to the earliest token. A selection always has k tokens: with fewer
     than k - new_rows members (none at the first step), others take their place.
     """
-    previous, held = previous_tokens.clone(), previous_counts.tolist()
     tokens.fill_(-1)
     for b, length in enumerate(lengths.tolist()):
         end = max(sinks, length - recent)
         counts[b] = budgets[b].clamp(max=end - sinks)
         for h, count in enumerate(counts[b].tolist()):
             order = scores[b, h, sinks:end].sort(dim=-1, descending=True, stable=True).indices + sinks
-            listed = previous[b, h, : held[b][h]].long()
-            marked = torch.zeros(scores.shape[2], dtype=torch.bool, device=scores.device)
-            marked[listed[listed >= 0]] = True
-            member = marked[order]  # best first
+            member = members_of(history[b, h, sinks:end], count, new_rows)[order - sinks]  # best first
             entering = max(new_rows, count - int(member.sum()))
             allowed = member | ((~member).cumsum(0) <= entering)
-            tokens[b, h, :count] = order[allowed][:count].sort().values.int()
+            chosen = order[allowed][:count].sort().values
+            tokens[b, h, :count] = chosen.int()
+            if attended:
+                history[b, h, sinks:end] <<= 1
+                history[b, h, chosen] |= 1
 
 
 def sticky_topk_triton(
@@ -70,8 +68,8 @@ def sticky_topk_triton(
     lengths: torch.Tensor,
     sinks: int,
     recent: int,
-    previous_tokens: torch.Tensor,
-    previous_counts: torch.Tensor,
+    history: torch.Tensor,
+    attended: bool,
     tokens: torch.Tensor,
     counts: torch.Tensor,
 ) -> None:
@@ -85,50 +83,41 @@ def sticky_topk_triton(
     # 32 tokens a thread spill registers here (ptxas, sm_90).
     chunk, blocks, warps, vec = radix_plan(rows, capacity, 16)
     hist, state, above = radix_scratch(3, rows, blocks, scores.device)
-    members = torch.zeros(rows, capacity, dtype=torch.int8, device=scores.device)
+    ages = torch.zeros(rows, REMEMBERED, dtype=torch.int32, device=scores.device)
     outside = torch.zeros(rows, dtype=torch.int32, device=scores.device)
-    listed = previous_tokens.shape[-1]
-    mark_members_kernel[(triton.cdiv(listed, MARKED), rows)](
-        members, previous_tokens, previous_counts, capacity, listed, BLOCK=MARKED, num_warps=4
+    count_ages_kernel[(blocks, rows)](
+        history, lengths, ages, kv_heads, capacity, sinks, recent, CHUNK=chunk, num_warps=warps
     )
     for digit in range(DIGITS):
         digit_kernel[(blocks, rows)](
-            scores, members, budgets, lengths, hist, state, above,
+            scores, history, ages, budgets, lengths, hist, state, above,
             kv_heads, capacity, sinks, recent, new_rows,
             DIGIT=digit, STREAMS=3, CHUNK=chunk, VEC=vec, num_warps=warps,
         )  # fmt: skip
     count_outside_kernel[(blocks, rows)](
-        scores, members, budgets, lengths, hist, state, above, outside,
-        kv_heads, capacity, sinks, recent, CHUNK=chunk, VEC=vec, num_warps=warps,
+        scores, history, ages, budgets, lengths, hist, state, above, outside,
+        kv_heads, capacity, sinks, recent, new_rows, CHUNK=chunk, VEC=vec, num_warps=warps,
     )  # fmt: skip
     compact_sticky_kernel[(blocks, rows)](
-        scores, members, budgets, lengths, hist, state, above, outside, tokens, counts,
-        kv_heads, capacity, sinks, recent, tokens.shape[-1], CHUNK=chunk, VEC=vec, num_warps=warps,
+        scores, history, ages, budgets, lengths, hist, state, above, outside, tokens, counts,
+        kv_heads, capacity, sinks, recent, new_rows, tokens.shape[-1],
+        ATTENDED=attended, CHUNK=chunk, VEC=vec, num_warps=warps,
     )  # fmt: skip
-
-
-@triton.jit
-def mark_members_kernel(members, previous, counts, capacity, listed, BLOCK: tl.constexpr):
-    """Set the bytes [rows, N] of the listed tokens; -1 is none."""
-    row = tl.program_id(1).to(tl.int64)
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    token = tl.load(previous + row * listed + index, mask=index < tl.load(counts + row), other=-1)
-    inside = (token >= 0) & (token < capacity)
-    tl.store(members + row * capacity + token, tl.full([BLOCK], 1, tl.int8), mask=inside)
 
 
 @triton.jit
 def count_outside_kernel(
-    scores, members, budgets, lengths, hist, state, above, outside,
-    kv_heads, capacity, sinks, recent, CHUNK: tl.constexpr, VEC: tl.constexpr,
+    scores, history, ages, budgets, lengths, hist, state, above, outside,
+    kv_heads, capacity, sinks, recent, new_rows, CHUNK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Count the tokens of the exact top-k that are outside the previous selection."""
+    """Count the tokens of the exact top-k that are outside of the members."""
     block, row = tl.program_id(0), tl.program_id(1)
     blocks, rows = tl.num_programs(0), tl.num_programs(1)
-    _wanted, end = span_of_row(budgets, lengths, row, kv_heads, sinks, recent)
+    wanted, end = span_of_row(budgets, lengths, row, kv_heads, sinks, recent)
     if block * CHUNK < end:
         positions, selectable, key = load_keys(scores, row, block, capacity, sinks, end, CHUNK, VEC)
-        member = tl.load(members + row.to(tl.int64) * capacity + positions, mask=selectable, other=1) != 0
+        remembered = remembered_bits(ages, row, wanted, new_rows)
+        member = load_members(history, row, positions, selectable, capacity, remembered)
         used = tl.cdiv(end, CHUNK)
         taken, _upto = rank_tokens(hist, state, above, key, selectable, 0, row, block, rows, blocks, used, 3)
         tl.atomic_add(outside + row, tl.sum((taken & ~member).to(tl.int32), 0), sem="relaxed")
@@ -136,10 +125,11 @@ def count_outside_kernel(
 
 @triton.jit
 def compact_sticky_kernel(
-    scores, members, budgets, lengths, hist, state, above, outside, tokens, counts,
-    kv_heads, capacity, sinks, recent, k_max, CHUNK: tl.constexpr, VEC: tl.constexpr,
+    scores, history, ages, budgets, lengths, hist, state, above, outside, tokens, counts,
+    kv_heads, capacity, sinks, recent, new_rows, k_max,
+    ATTENDED: tl.constexpr, CHUNK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Write a block's selected tokens to their places, and -1 past the count."""
+    """Write a block's selected tokens to their places, -1 past the count, and its part of the history."""
     block, row = tl.program_id(0), tl.program_id(1)
     blocks, rows = tl.num_programs(0), tl.num_programs(1)
     count, end = span_of_row(budgets, lengths, row, kv_heads, sinks, recent)
@@ -149,20 +139,24 @@ def compact_sticky_kernel(
     if block * CHUNK < end:
         used = tl.cdiv(end, CHUNK)
         positions, selectable, key = load_keys(scores, row, block, capacity, sinks, end, CHUNK, VEC)
-        target = tokens + row.to(tl.int64) * k_max
         entering = tl.load(state + ((rows + row) * 4) * 2 + 1)  # what stream 1 looked for
         if tl.load(outside + row) > entering:
-            member = tl.load(members + row.to(tl.int64) * capacity + positions, mask=selectable, other=0) != 0
+            remembered = remembered_bits(ages, row, count, new_rows)
+            member = load_members(history, row, positions, selectable, capacity, remembered)
             other = selectable & ~member
             new, new_upto = rank_tokens(hist, state, above, key, other, 1, row, block, rows, blocks, used, 3)
             member = selectable & member
             old, old_upto = rank_tokens(hist, state, above, key, member, 2, row, block, rows, blocks, used, 3)
-            tl.store(target + new_upto + old_upto - 1, positions, mask=new | old)
+            taken, upto = new | old, new_upto + old_upto
         else:
             taken, upto = rank_tokens(
                 hist, state, above, key, selectable, 0, row, block, rows, blocks, used, 3
             )
-            tl.store(target + upto - 1, positions, mask=taken)
+        tl.store(tokens + row.to(tl.int64) * k_max + upto - 1, positions, mask=taken)
+        if ATTENDED:
+            past = history + row.to(tl.int64) * capacity + positions
+            before = tl.load(past, mask=selectable, other=0).to(tl.int32)
+            tl.store(past, ((before << 1) & 255 | taken.to(tl.int32)).to(tl.uint8), mask=selectable)
 
 
 def sticky_topk(
@@ -172,13 +166,11 @@ def sticky_topk(
     lengths: torch.Tensor,
     sinks: int,
     recent: int,
-    previous_tokens: torch.Tensor,
-    previous_counts: torch.Tensor,
+    history: torch.Tensor,
+    attended: bool,
     tokens: torch.Tensor,
     counts: torch.Tensor,
 ) -> None:
     """sticky_topk_reference, on the GPU where the scores are there."""
     run = sticky_topk_triton if scores.is_cuda else sticky_topk_reference
-    run(
-        scores, budgets, new_rows, lengths, sinks, recent, previous_tokens, previous_counts, tokens, counts
-    )  # fmt: skip
+    run(scores, budgets, new_rows, lengths, sinks, recent, history, attended, tokens, counts)

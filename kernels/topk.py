@@ -63,7 +63,7 @@ def select_topk_triton(
     hist, state, above = radix_scratch(1, rows, blocks, scores.device)
     for digit in range(DIGITS):
         digit_kernel[(blocks, rows)](
-            scores, scores, budgets, lengths, hist, state, above,
+            scores, scores, scores, budgets, lengths, hist, state, above,
             kv_heads, capacity, sinks, recent, 0,
             DIGIT=digit, STREAMS=1, CHUNK=chunk, VEC=vec, num_warps=warps,
         )  # fmt: skip

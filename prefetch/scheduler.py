@@ -2,10 +2,11 @@
 
 All streams and events of decoding are here. Layer i's input is kept; a side stream turns
 it into layer i+1's query, selects by label and finds the missing rows, and a copy stream
-gathers them, so that the next prediction need not wait for this one's rows. Rows that
-layer i itself fetches late go over the link first. In mode "correct", layer i+1 makes the true selection
-beside that gather, waits for it and fetches only what the prediction missed;
-in mode "predict" (the paper's DS-Offload) it waits for the gather and attends to
+gathers them, so that the next prediction need not wait for this one's rows. In mode "correct",
+layer i+1 makes the true selection beside that gather, waits for it and fetches only what the
+prediction missed. What layer i waits for comes first: the prediction begins when its own selection
+is made, and its late rows go over the link before those for layer i+1.
+In mode "predict" (the paper's DS-Offload) layer i+1 waits for the gather and attends to
 the predicted selection as it is.
 """
 
@@ -32,6 +33,9 @@ QueryPredictor = Callable[[int, torch.Tensor, dict[str, Any]], tuple[torch.Tenso
 class Prefetcher:
     """Decides for every layer of a decode step what it attends to, and gets it there.
 
+    `paused` leaves predictions out of the steps launched from then on. It changes no bit in mode
+    "correct", where a prediction only moves rows early, and means nothing in mode "predict".
+
     caches: the offloaded layers' by layer index; the other layers keep to themselves.
     predicted_layers: the layers whose selection is predicted; empty in mode "off".
     delay_cycles: GPU cycles that every prediction is held back, for tests of ordering.
@@ -49,12 +53,14 @@ class Prefetcher:
     ) -> None:
         self.caches, self.predict_query = caches, predict_query
         self.predicted_layers, self.attend_predicted = predicted_layers, attend_predicted
+        self.paused = False  # the steps launched now do without predictions
         self.delay_cycles = delay_cycles
         self.work, self.selection = Workspace(layout, device), Selection(layout, device)
         # Double-buffered: layer i+1's prediction is made while layer i's is in use.
         self.side_works = (Workspace(layout, device), Workspace(layout, device))
         self.predictions = (Selection(layout, device), Selection(layout, device))
         self.inputs = KeptInputs()
+        self.waiting: tuple[torch.Tensor, dict[str, Any]]  # what a layer that fetches late predicts from
         self.on_gpu = device.type == "cuda"
         self.ready, self.chosen, self.done, self.fetched = (events(caches, self.on_gpu) for _ in range(4))
         self.capture_stream: torch.cuda.Stream | None = None
@@ -67,20 +73,30 @@ class Prefetcher:
     def before_layer(self, index: int, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
         """Called with layer `index`'s input [B, 1, E]: start the prediction for the layer after it."""
         target = index + 1
-        if target not in self.predicted_layers:
+        if not self._predicts(target):
             return
         kept = self.inputs.keep(target, hidden)
-        if self.on_gpu:
-            self.ready[target].record()
-            with torch.cuda.stream(self.side_stream):
-                self.side_stream.wait_event(self.ready[target])
-                self._delay()
-                self._predict(target, kept, arguments)
-                self.chosen[target].record()
+        if self._fetches_late(index):
+            self.waiting = kept, arguments
         else:
-            self._predict(target, kept, arguments)
-        if not self._fetches_late(index):
+            self._start(target, kept, arguments)
             self._gather_ahead(target)
+
+    def _start(self, target: int, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
+        """Predict layer `target`'s selection on the side stream, after what the main stream has been given."""
+        if not self.on_gpu:
+            self._predict(target, hidden, arguments)
+            return
+        self.ready[target].record()
+        with torch.cuda.stream(self.side_stream):
+            self.side_stream.wait_event(self.ready[target])
+            self._delay()
+            self._predict(target, hidden, arguments)
+            self.chosen[target].record()
+
+    def _predicts(self, index: int) -> bool:
+        """Whether layer `index` has a prediction in this step."""
+        return index in self.predicted_layers and not (self.paused and not self.attend_predicted)
 
     def _fetches_late(self, index: int) -> bool:
         """Whether layer `index` fetches rows when it attends: those must not queue behind rows for later."""
@@ -110,12 +126,12 @@ class Prefetcher:
             self.predictions[target % 2],
             self.side_works[target % 2],
         )
-        cache.choose(query, scale, prediction, work, PREDICTED)
+        cache.choose(query, scale, prediction, work, PREDICTED, self.attend_predicted)
 
     def selection_for(self, index: int, query: torch.Tensor, scale: float) -> Selection:
         """What layer `index` attends to, its rows resident. query [B, Hq, D] is the true query."""
         cache = self.caches[index]
-        predicted = index in self.predicted_layers
+        predicted = self._predicts(index)
         if predicted and self.attend_predicted:
             selection = self.predictions[index % 2]
             self._wait(self.done, index)
@@ -123,15 +139,18 @@ class Prefetcher:
             selection = self.selection
             if predicted:
                 self._wait(self.chosen, index)  # both choices change the token-to-slot map
-            cache.choose(query, scale, selection, self.work, TRUE)
+            cache.choose(query, scale, selection, self.work, TRUE, True)
+            if self._predicts(index + 1):
+                # Beside each other two selections take 120 us, one after the other 72 each (H100, 262,144
+                # tokens), and this layer waits for its own.
+                self._start(index + 1, *self.waiting)
             if predicted:
                 self._wait(self.done, index)  # a slot of a wrong prediction may be written a second time
             cache.gather(self.work)
-            if index + 1 in self.predicted_layers:
+            if self._predicts(index + 1):
                 self._after_late_rows(index)
         if predicted:
             self.inputs.release(index)  # the main stream has waited for what read it
-        cache.keep(selection)
         return selection
 
     def _wait(self, events: dict[int, torch.cuda.Event], index: int) -> None:

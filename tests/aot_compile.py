@@ -39,20 +39,21 @@ def append(dtype: str, dim: int, dim_pad: int) -> Case:
     return Case("append", "_append_rows_kernel", pointers | {"lengths": "*i32"}, sizes, num_warps=1)
 
 
-def remember(steps: int) -> Case:
-    pointers = dict.fromkeys(("tokens", "counts", "step", "history"), "*i32")
-    return Case("remember", "_remember_kernel", pointers, {"STEPS": steps, "BLOCK": 512})
-
-
 def radix(kernel: str, streams: int) -> Case:
     """A pass of the radix select over 262,144 scores of eight heads (radix.radix_plan)."""
-    pointers = {"scores": "*fp32", "members": "*i8" if streams == 3 else "*fp32"}
-    names = ("budgets", "lengths", "hist", "state", "above", "outside", "tokens", "counts", "previous")
+    pointers = {"scores": "*fp32", "history": "*u8" if streams == 3 else "*fp32"}
+    pointers["ages"] = "*i32" if streams == 3 else "*fp32"
+    names = ("budgets", "lengths", "hist", "state", "above", "outside", "tokens", "counts")
     sizes = {"CHUNK": 8192, "VEC": 4} | ({"DIGIT": 2, "STREAMS": streams} if kernel == "digit_kernel" else {})
     module = "radix" if kernel == "digit_kernel" else "sticky"
-    if kernel == "mark_members_kernel":
-        sizes = {"BLOCK": 1024}
+    if kernel == "compact_sticky_kernel":
+        sizes["ATTENDED"] = True
     return Case(module, kernel, pointers | dict.fromkeys(names, "*i32"), sizes, num_warps=16)
+
+
+def count_ages() -> Case:
+    pointers = {"history": "*u8", "lengths": "*i32", "ages": "*i32"}
+    return Case("history", "count_ages_kernel", pointers, {"CHUNK": 8192}, num_warps=16)
 
 
 def gather(dtype: str, row: int, row_pad: int, block: int) -> Case:
@@ -179,11 +180,9 @@ CASES = [
     append("fp32", 80, 128),
     radix("digit_kernel", 1),
     radix("digit_kernel", 3),
-    radix("mark_members_kernel", 3),
+    count_ages(),
     radix("count_outside_kernel", 3),
     radix("compact_sticky_kernel", 3),
-    remember(1),
-    remember(8),
     gather("bf16", 256, 256, 16),
     gather("fp32", 160, 256, 8),
     gather("fp16", 32, 32, 128),

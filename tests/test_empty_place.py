@@ -82,8 +82,9 @@ def test_nothing_is_selected(kind, on_gpu, device):
         run(scores, budgets, lengths_on(device), SINKS, RECENT, tokens, counts)
     else:
         run = sticky_topk_triton if on_gpu else sticky_topk_reference
-        previous = torch.full_like(tokens, -1), torch.zeros_like(counts)
-        run(scores, budgets, 3, lengths_on(device), SINKS, RECENT, *previous, tokens, counts)
+        history = torch.zeros(3, 2, CAPACITY, dtype=torch.uint8, device=device)
+        run(scores, budgets, 3, lengths_on(device), SINKS, RECENT, history, True, tokens, counts)
+        assert not history[[0, 2]].any()
     assert counts.tolist() == [[0] * 2, [BUDGET] * 2, [0] * 2]
     assert (tokens[[0, 2]] == -1).all()
     assert (tokens[1] >= SINKS).all()
@@ -100,9 +101,9 @@ def test_the_cluster_kernel_selects_nothing(sticky):
     tokens = torch.full((3, 2, BUDGET), 9, dtype=torch.int32, device="cuda")
     counts = torch.full((3, 2), 9, dtype=torch.int32, device="cuda")
     budgets = torch.tensor([[0] * 2, [BUDGET] * 2, [0] * 2], dtype=torch.int32, device="cuda")
-    before = torch.full_like(tokens, -1) if sticky else None
+    history = torch.zeros(3, 2, CAPACITY, dtype=torch.uint8, device="cuda") if sticky else None
     limits = (budgets, lengths_on("cuda"), SINKS, RECENT)
-    select_by_labels_cluster(labels, offsets, codes, scales, 16, *limits, tokens, counts, before, 3)
+    select_by_labels_cluster(labels, offsets, codes, scales, 16, *limits, tokens, counts, history, 3)
     assert counts.tolist() == [[0] * 2, [BUDGET] * 2, [0] * 2]
     assert (tokens[[0, 2]] == -1).all()
 

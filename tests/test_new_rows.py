@@ -65,3 +65,36 @@ def test_caches_select_by_it():
     assert torch.equal(exact, auto)
     assert torch.equal(exact[:2], sticky[:2])  # the prefill's logits and the first step's: chosen exactly
     assert not torch.equal(exact[2:], sticky[2:])
+
+
+@pytest.mark.parametrize("slots", [24, 30, 48])
+def test_slots_change_nothing_but_what_is_fetched(slots):
+    model, ids = random_llama(), random_ids(300)
+
+    def logits(count):
+        runtime = offloaded(model, budget=24, new_rows=3, slots=count)
+        return logits_of(runtime.generate, ids, 12)[1]
+
+    assert torch.equal(logits(slots), logits(300))
+
+
+def test_a_session_remembers_what_it_attended_to():
+    runtime = offloaded(random_llama(), budget=24, new_rows=4, prefetch="correct")
+    runtime.generate(random_ids(300), max_new_tokens=4, do_sample=False)
+    cache = runtime._session.caches[1]
+    assert int((cache.history & 1).sum()) == 2 * 24  # the third step's, the newest
+    assert int((cache.history & 8).sum()) == 0
+    runtime._session.clear_place(0)
+    assert not cache.history.any()
+
+
+def test_no_more_rows_move_than_may_enter():
+    """Selections of random weights change at random, the hardest case; predictions move rows of their own."""
+    runtime = offloaded(random_llama(layers=2), budget=64, new_rows=8, prefetch="off", slots=128)
+    runtime.generate(random_ids(900), max_new_tokens=40, do_sample=False)
+    session = runtime._session
+    steps, heads = 39, session.layout.kv_heads
+    for cache in session.offloaded.values():
+        selected, hits, _ = cache.counters[0, 1].tolist()
+        assert selected == steps * heads * 64
+        assert selected - hits <= heads * (64 + (steps - 1) * 8)

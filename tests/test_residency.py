@@ -31,7 +31,7 @@ class Resident:
         return cls(
             full(batch, kv_heads, capacity, value=-1),
             full(batch, kv_heads, n_slots, value=-1),
-            full(batch, kv_heads, n_slots, value=-1),
+            full(batch, kv_heads, n_slots, 2, value=-1),
             full(batch, kv_heads, value=0),
             full(batch, kv_heads, k_max, value=-9),
             full(batch, kv_heads, k_max, value=-9),
@@ -39,10 +39,11 @@ class Resident:
             torch.zeros(batch, 2, 3, dtype=torch.int64, device=device),
         )
 
-    def resolve(self, run, tokens, counts, step, phase):
+    def resolve(self, run, tokens, counts, step, phase, attended=None, kept_steps=0):
+        attended = phase == 1 if attended is None else attended
         run(
             tokens, counts, self.slot_of_token, self.token_in_slot, self.stamps, self.hand, step, phase,
-            self.miss_tokens, self.miss_slots, self.miss_counts, self.counters,
+            attended, kept_steps, self.miss_tokens, self.miss_slots, self.miss_counts, self.counters,
         )  # fmt: skip
 
 
@@ -56,7 +57,7 @@ def random_selection(generator, batch, kv_heads, capacity, k_max, counts, device
     return tokens.to(device), per_head.to(device)
 
 
-def run_both(selections, batch, kv_heads, capacity, n_slots, k_max, device):
+def run_both(selections, batch, kv_heads, capacity, n_slots, k_max, device, kept_steps=0, attended=None):
     """Resolve the selections one after the other both ways; every tensor must agree each time."""
     reference = Resident.empty(batch, kv_heads, capacity, n_slots, k_max, device)
     kernels = (
@@ -66,10 +67,10 @@ def run_both(selections, batch, kv_heads, capacity, n_slots, k_max, device):
     )
     residents = [Resident.empty(batch, kv_heads, capacity, n_slots, k_max, device) for _ in kernels]
     for i, (tokens, counts) in enumerate(selections):
-        step = torch.tensor([5 + i // 2], dtype=torch.int32, device=device)
-        reference.resolve(resolve_reference, tokens, counts, step, i % 2)
+        step = torch.tensor([5 + (i if attended else i // 2)], dtype=torch.int32, device=device)
+        reference.resolve(resolve_reference, tokens, counts, step, i % 2, attended, kept_steps)
         for run, resident in zip(kernels, residents, strict=True):
-            resident.resolve(run, tokens, counts, step, i % 2)
+            resident.resolve(run, tokens, counts, step, i % 2, attended, kept_steps)
             for name, expected in vars(reference).items():
                 assert torch.equal(getattr(resident, name), expected), f"{run.__name__}: {name}, {i}"
     return residents[-1]
@@ -86,6 +87,39 @@ def test_random_selections(capacity, n_slots, k_max, device):
         for i in range(6)
     ]
     run_both(selections, 2, 2, capacity, n_slots, k_max, device)
+
+
+@pytest.mark.parametrize("n_slots", [64, 90, 200, 2500])
+@pytest.mark.parametrize("kept_steps", [1, 3, 8])
+@pytest.mark.parametrize("attended", [None, True])
+def test_slots_of_the_last_steps(n_slots, kept_steps, attended, device):
+    """With room for all that is to stay, and without."""
+    generator = torch.Generator().manual_seed(n_slots + kept_steps)
+    k_max = min(n_slots, 1000)
+    selections = [
+        random_selection(generator, 1, 2, 3000, k_max, [max(1, k_max // (1 + i % 5))], device)
+        for i in range(8)
+    ]
+    run_both(selections, 1, 2, 3000, n_slots, k_max, device, kept_steps, attended)
+
+
+def test_rows_attended_to_lately_stay_though_a_prediction_missed_them(device):
+    """40 rows in 100 slots, 20 new ones a step, predictions wrong: the last two steps' rows are there."""
+    generator = torch.Generator().manual_seed(8)
+    kernel = Resident.empty(1, 1, 5000, 100, 40, device)
+    everything = torch.randperm(5000, generator=generator).int()
+    for number in range(1, 30):
+        step = torch.tensor([number], dtype=torch.int32, device=device)
+        wrong = everything[3000 + 20 * number :][:20].sort().values
+        true = everything[20 * number :][:40].sort().values  # half of it new
+        for phase, chosen in ((0, wrong), (1, true)):
+            tokens = torch.full((1, 1, 40), -1, dtype=torch.int32)
+            tokens[0, 0, : len(chosen)] = chosen
+            counts = torch.full((1, 1), len(chosen), dtype=torch.int32)
+            kernel.resolve(resolve, tokens.to(device), counts.to(device), step, phase, kept_steps=2)
+        lately = everything[20 * max(number - 1, 1) : 20 * number + 40].long().to(device)
+        assert (kernel.slot_of_token[0, 0, lately] >= 0).all()
+        assert int(kernel.miss_counts) == (40 if number == 1 else 20)
 
 
 def test_every_kv_head_has_its_own_count(device):

@@ -7,8 +7,8 @@ where they differ, the scores may differ by no more than 1e-3 of the scores' spr
 import pytest
 import torch
 
+from offload_runtime.kernels.history import members_of
 from offload_runtime.kernels.labels import quantise
-from offload_runtime.kernels.remember import remember
 from offload_runtime.kernels.scores import label_scores_reference
 from offload_runtime.kernels.select_cluster import (
     cluster_select_available,
@@ -66,10 +66,13 @@ class Problem:
         )  # fmt: skip
         return scores
 
-    def run(self, tokens, counts, previous_tokens=None, new_rows=0):
+    def empty_history(self):
+        return torch.zeros(self.shape, dtype=torch.uint8, device="cuda")
+
+    def run(self, tokens, counts, history=None, new_rows=0, attended=True):
         select_by_labels_cluster(
             self.query_labels, self.offsets, self.codes, self.scales, self.bits, self.budgets, self.lengths,
-            SINKS, RECENT, tokens, counts, previous_tokens, new_rows,
+            SINKS, RECENT, tokens, counts, history, new_rows, attended,
         )  # fmt: skip
 
 
@@ -176,44 +179,46 @@ def test_same_bits_every_time():
 @needs_clusters
 @pytest.mark.parametrize("new_rows", [0, 100, 5000])
 def test_sticky_selection(new_rows):
+    """Each step's selection from the same history as the reference's, and the history it leaves."""
     problem = Problem([65536, 3000], 65536, [4096, 256])
     tokens, counts = problem.empty_selection()
-    for step in range(3):
+    history = problem.empty_history()
+    for step in range(11):
         problem.query_labels += torch.randn_like(problem.query_labels) * 0.1
         expected, expected_counts = problem.empty_selection()
-        before, before_counts = tokens.clone(), counts.clone()
-        scores = problem.scores()
-        problem.run(tokens, counts, tokens, new_rows)
+        before, scores = history.clone(), problem.scores()
+        problem.run(tokens, counts, history, new_rows, attended=False)
+        assert torch.equal(history, before)
+        problem.run(tokens, counts, history, new_rows)
         sticky_topk_reference(
             scores, problem.budgets, new_rows, problem.lengths, SINKS, RECENT,
-            before, before_counts, expected, expected_counts,
+            before.clone(), True, expected, expected_counts,
         )  # fmt: skip
         check(tokens, counts, expected, expected_counts, scores)
+        chosen = torch.zeros(problem.shape, dtype=torch.int32, device="cuda")
+        chosen.scatter_add_(2, tokens.long().clamp_min(0), (tokens >= 0).int())
+        assert torch.equal(history.int(), (before.int() << 1 & 255) | chosen)
         if step:
-            for b, per_head in enumerate(counts.tolist()):
-                for h, count in enumerate(per_head):
-                    new = ~torch.isin(tokens[b, h, :count], before[b, h])
-                    assert int(new.sum()) <= new_rows
+            for b in range(2):
+                for h in range(2):
+                    members = members_of(before[b, h], int(counts[b, h]), new_rows)
+                    assert int(((chosen[b, h] > 0) & ~members).sum()) <= new_rows
 
 
 @pytest.mark.gpu
 @needs_clusters
-def test_sticky_selection_with_eight_selections_remembered():
-    problem = Problem([65536, 3000], 65536, [4096, 256])
+def test_a_history_of_selections_that_take_all():
+    """A budget that is no limit, at odd lengths: every selectable token is remembered."""
+    problem = Problem([101, 77, 90], 307, [300, 300, 0], kv_heads=3)
     tokens, counts = problem.empty_selection()
-    history = torch.full((2, 2, 8, problem.k_max), -1, dtype=torch.int32, device="cuda")
-    members, everything = history.view(2, 2, -1), torch.full((2, 2), 8 * problem.k_max, device="cuda")
-    for step in range(10):
-        problem.query_labels += torch.randn_like(problem.query_labels) * 0.1
-        expected, expected_counts = problem.empty_selection()
-        scores = problem.scores()
-        problem.run(tokens, counts, members, 100)
-        sticky_topk_reference(
-            scores, problem.budgets, 100, problem.lengths, SINKS, RECENT,
-            members, everything, expected, expected_counts,
-        )  # fmt: skip
-        check(tokens, counts, expected, expected_counts, scores)
-        remember(tokens, counts, torch.tensor([step], dtype=torch.int32, device="cuda"), history)
+    history = problem.empty_history()
+    for _ in range(2):
+        problem.run(tokens, counts, history, 5)
+    for b, (length, bits) in enumerate(((101, 3), (77, 3), (90, 0))):
+        end = max(length - RECENT, SINKS)
+        assert (history[b, :, SINKS:end] == bits).all()
+        assert not history[b, :, :SINKS].any()
+        assert not history[b, :, end:].any()
 
 
 @pytest.mark.gpu

@@ -19,11 +19,10 @@ def drifting_scores(steps, batch, kv_heads, capacity, drift):
         scores = scores * (1 - drift) + fresh * drift
 
 
-def run_steps(run, all_scores, budgets, new_rows, all_lengths, k_max, device, in_place):
-    """The selections (tokens, counts) of consecutive steps, the first from an empty one."""
-    batch, kv_heads, _ = all_scores[0].shape
-    tokens = torch.full((batch, kv_heads, k_max), -1, dtype=torch.int32, device=device)
-    counts = torch.zeros(batch, kv_heads, dtype=torch.int32, device=device)
+def run_steps(run, all_scores, budgets, new_rows, all_lengths, k_max, device):
+    """Of consecutive steps, from an empty history: the selection (tokens, counts) and the history after it."""
+    batch, kv_heads, capacity = all_scores[0].shape
+    history = torch.zeros(batch, kv_heads, capacity, dtype=torch.uint8, device=device)
     budgets = torch.tensor(budgets, dtype=torch.int32, device=device).view(batch, -1)
     budgets = budgets.expand(-1, kv_heads).contiguous()  # a number a sequence, or a list of one a KV head
     results = []
@@ -33,29 +32,28 @@ def run_steps(run, all_scores, budgets, new_rows, all_lengths, k_max, device, in
             scores[b, :, :SINKS] = float("nan")
             scores[b, :, max(SINKS, length - RECENT) :] = float("nan")
         lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
-        new_tokens, new_counts = tokens, counts
-        if not in_place:
-            new_tokens, new_counts = torch.full_like(tokens, 777), torch.full_like(counts, 777)
-        before, after = (tokens, counts), (new_tokens, new_counts)
-        run(scores.to(device), budgets, new_rows, lengths, SINKS, RECENT, *before, *after)
-        tokens, counts = new_tokens, new_counts
-        results.append((tokens.cpu().clone(), counts.cpu().clone()))
+        fixed = (scores.to(device), budgets, new_rows, lengths, SINKS, RECENT, history)
+        for attended in (False, True):  # a prediction, which leaves no trace, then the selection
+            tokens = torch.full((batch, kv_heads, k_max), 777, dtype=torch.int32, device=device)
+            counts = torch.full((batch, kv_heads), 777, dtype=torch.int32, device=device)
+            run(*fixed, attended, tokens, counts)
+            results.append((tokens.cpu(), counts.cpu(), history.cpu().clone()))
     return results
 
 
-def compare(all_scores, budgets, new_rows, all_lengths, k_max, device, in_place=False):
-    arguments = (all_scores, budgets, new_rows, all_lengths, k_max, device, in_place)
+def compare(all_scores, budgets, new_rows, all_lengths, k_max, device):
+    arguments = (all_scores, budgets, new_rows, all_lengths, k_max, device)
     expected = run_steps(sticky_topk_reference, *arguments)
     for step, (want, got) in enumerate(zip(expected, run_steps(sticky_topk_triton, *arguments), strict=True)):
-        assert torch.equal(got[1], want[1]), step
-        assert torch.equal(got[0], want[0]), step
-    return expected
+        for part, (wanted, gotten) in enumerate(zip(want, got, strict=True)):
+            assert torch.equal(gotten, wanted), (step, part)
+    return expected[1::2]
 
 
 @pytest.mark.parametrize(("drift", "new_rows"), [(0.05, 5), (0.05, 40), (0.8, 0), (0.8, 40), (0.8, 300)])
 def test_kernel_equals_reference(drift, new_rows, device):
     scores = list(drifting_scores(3, 1, 1, 2600, drift))
-    compare(scores, [300], new_rows, [[2500], [2501], [2600]], 300, device, in_place=new_rows == 40)
+    compare(scores, [300], new_rows, [[2500], [2501], [2600]], 300, device)
 
 
 @pytest.mark.parametrize("step", [2.0, 1e6])
@@ -77,14 +75,19 @@ def test_every_kv_head_has_its_own_budget(device):
     """One head selects few, one all that there are, and one grows into its budget."""
     scores = list(drifting_scores(3, 1, 3, 2500, 0.5))
     results = compare(scores, [[9, 700, 128]], 16, [[600], [650], [2500]], 700, device)
-    assert [counts.tolist() for _, counts in results] == [[[9, 580, 128]], [[9, 630, 128]], [[9, 700, 128]]]
+    assert [counts.tolist() for _, counts, _ in results] == [
+        [[9, 580, 128]],
+        [[9, 630, 128]],
+        [[9, 700, 128]],
+    ]
 
 
 def test_reference_keeps_its_promises():
     """At most new_rows are new; those are the best others; without need it is the exact top-k."""
     scores = list(drifting_scores(2, 1, 1, 2000, 0.7))
     lengths = [[2000], [2000]]
-    (first, _), (second, _) = run_steps(sticky_topk_reference, scores, [200], 25, lengths, 200, "cpu", False)
+    found = run_steps(sticky_topk_reference, scores, [200], 25, lengths, 200, "cpu")
+    first, second = found[1][0], found[3][0]
     new = sorted(set(second[0, 0].tolist()) - set(first[0, 0].tolist()))
     assert len(new) == 25
     others = scores[1][0, 0].clone()
@@ -95,8 +98,29 @@ def test_reference_keeps_its_promises():
     counts = torch.empty(1, 1, dtype=torch.int32)
     budgets, length = torch.tensor([[200]]), torch.tensor([2000])
     select_topk_reference(scores[1], budgets, length, SINKS, RECENT, exact, counts)
-    (_, _), (loose, _) = run_steps(sticky_topk_reference, scores, [200], 200, lengths, 200, "cpu", False)
+    loose = run_steps(sticky_topk_reference, scores, [200], 200, lengths, 200, "cpu")[3][0]
     assert torch.equal(loose, exact)
+
+
+def test_a_token_of_some_steps_ago_comes_back_though_nothing_new_may_enter(device):
+    """Scores swing between two sets of tokens: with both remembered, each step selects the better one."""
+    low, high = torch.zeros(1, 1, 200), torch.zeros(1, 1, 200)
+    low[..., 20:50], high[..., 120:150] = 5.0, 5.0
+    scores, lengths = [low, high, low, low, high], [[200]] * 5
+    wide = compare(scores, [30], 0, lengths, 30, device)
+    assert wide[0][0][0, 0].tolist() == list(range(20, 50))  # the first is exact
+    assert wide[1][0][0, 0].tolist() == list(range(20, 50))  # nothing new may enter
+    scores = [low, high, low, high, low, low, low, high]
+    entering = compare(scores[:2], [30], 30, lengths[:2], 30, device)
+    assert entering[1][0][0, 0].tolist() == list(range(120, 150))
+
+
+def test_the_history_holds_eight_steps(device):
+    scores = list(drifting_scores(11, 1, 1, 600, 0.6))
+    found = compare(scores, [40], 15, [[600]] * 11, 40, device)
+    for token, bits in enumerate(found[-1][2][0, 0].tolist()):
+        steps = [token in found[10 - back][0][0, 0].tolist() for back in range(8)]
+        assert bits == sum(1 << back for back, selected in enumerate(steps) if selected)
 
 
 @pytest.mark.gpu
@@ -104,7 +128,7 @@ def test_reference_keeps_its_promises():
 @pytest.mark.parametrize(("budget", "new_rows"), [(2048, 128), (16384, 2048)])
 def test_256k_tokens(budget, new_rows):
     scores = list(drifting_scores(3, 1, 4, 262144, 0.5))
-    compare(scores, [budget], new_rows, [[262142], [262143], [262144]], budget, "cuda", True)
+    compare(scores, [budget], new_rows, [[262142], [262143], [262144]], budget, "cuda")
 
 
 @pytest.mark.gpu
@@ -115,15 +139,17 @@ def test_captured_in_a_cuda_graph():
     budgets = torch.full((1, 2), 1000, dtype=torch.int32, device="cuda")
     lengths = torch.tensor([20000], dtype=torch.int32, device="cuda")
     tokens, expected = (torch.full((1, 2, 1000), -1, dtype=torch.int32, device="cuda") for _ in range(2))
-    counts, expected_counts = (torch.zeros(1, 2, dtype=torch.int32, device="cuda") for _ in range(2))
+    counts = torch.zeros(1, 2, dtype=torch.int32, device="cuda")
+    history, expected_history = (torch.zeros(1, 2, 20000, dtype=torch.uint8, device="cuda") for _ in range(2))
     shared = (budgets, 60, lengths, SINKS, RECENT)
-    sticky_topk(buffer, *shared, tokens.clone(), counts.clone(), tokens.clone(), counts.clone())
+    sticky_topk(buffer, *shared, history.clone(), True, tokens.clone(), counts.clone())
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        sticky_topk(buffer, *shared, tokens, counts, tokens, counts)
+        sticky_topk(buffer, *shared, history, True, tokens, counts)
     for step_scores in scores:
         buffer.copy_(step_scores)
         graph.replay()
-        sticky_topk_reference(step_scores, *shared, expected, expected_counts, expected, expected_counts)
+        sticky_topk_reference(step_scores, *shared, expected_history, True, expected, counts.clone())
         assert torch.equal(tokens, expected)
+        assert torch.equal(history, expected_history)
