@@ -132,7 +132,10 @@ def bench_select(shape: Shape, bits: int, channels: int, budget: int, new_rows: 
     )
     tokens, counts = torch.full((b, h, budget), -1, **INT32), torch.zeros(b, h, **INT32)
     limits = (torch.full((b, h), budget, **INT32), shape.lengths(), shape.sinks, shape.recent)
-    history = torch.randint(256, (b, h, n), dtype=torch.uint8, device="cuda") if new_rows else None
+    history = None
+    if new_rows:  # 1.75 k tokens of the last eight steps' selections, half of them of the last one's
+        past = torch.randint(1, 256, (b, h, n), dtype=torch.uint8, device="cuda")
+        history = past * (torch.rand(b, h, n, device="cuda") < 1.75 * budget / n)
     moved = b * h * n * (width * codes[0].element_size() + 4 * (bits < 16)) + 4 * b * h * budget
     calls: Calls = [
         partial(

@@ -4,13 +4,13 @@
 
 Selections of consecutive tokens of a text, K = N/16 for each KV head, by exact scores or by labels that are
 not rounded: exactly, and with at most a part of K new a step, where tokens of the last W selections are not
-new. Mass is that of all tokens attended to, sinks and recent ones included; the rest of the runtime is left
-out, so that many variants cost one forward pass. `ds-offload eval attention --new-rows` measures the runtime.
+new (of fewer, where those have too many tokens: kernels/history.py). Mass is that of all tokens attended to,
+sinks and recent ones included; the rest of the runtime is left out, so that many variants cost one forward
+pass. `ds-offload eval attention --new-rows` measures the runtime.
 """
 
 import argparse
 import json
-from collections import deque
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,9 +25,10 @@ from offload_runtime.calibration import Calibration
 from offload_runtime.calibration_collect import group_masses, grouped_products, make_blocks
 from offload_runtime.devices import choose_device
 from offload_runtime.evals.cases import Tokens
+from offload_runtime.kernels.history import members_of
 from offload_runtime.loading import load_model, load_tokenizer
 
-VARIANTS = ((4, 1), (8, 1), (8, 2), (8, 4), (8, 8), (16, 1), (16, 4), (32, 1), (32, 4))  # (K / C, W)
+VARIANTS = ((4, 1), (4, 8), (8, 1), (8, 2), (8, 4), (8, 8), (16, 1), (16, 8), (32, 8))  # (K / C, W)
 
 
 def masses(call: AttentionCall, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,21 +63,21 @@ def select(
     """Mean mass attended to and new tokens a step; scores and mass [Hkv, P, T], far [P, T]."""
     heads, steps, tokens = scores.shape
     budget = tokens // SHARE
-    last: deque[torch.Tensor] = deque(maxlen=window)
+    history = torch.zeros(heads, tokens, dtype=torch.uint8, device=scores.device)
     held, new = [], []
     for step in range(steps):
         order = scores[:, step].masked_fill(~far[step], -1.0).argsort(-1, descending=True)  # [Hkv, T]
-        members = torch.stack(list(last)).any(0) if last else None  # [Hkv, T]
         chosen = torch.zeros(heads, tokens, dtype=torch.bool, device=scores.device)
         for head in range(heads):
             ranked = order[head]
-            if members is not None and entering is not None:
-                member = members[head, ranked]
+            members = members_of(history[head] & ((1 << window) - 1), budget, entering or 0)
+            if step and entering is not None:
+                member = members[ranked]
                 ranked = ranked[member | ((~member).cumsum(0) <= entering)]
             chosen[head, ranked[:budget]] = True
-        if members is not None:
-            new.append(float((chosen & ~members).sum()) / heads)
-        last.append(chosen)
+            if step:
+                new.append(float((chosen[head] & ~members).sum()))
+        history = (history << 1) | chosen
         held.append(float((mass[:, step] * (chosen | ~far[step])).sum(-1).mean()))
     return fmean(held), fmean(new)
 

@@ -83,7 +83,7 @@ class Prefetcher:
             self._gather_ahead(target)
 
     def _start(self, target: int, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
-        """Predict layer `target`'s selection on the side stream, after what the main stream has been given."""
+        """Predict layer `target`'s selection, on the side stream after what the main one was given so far."""
         if not self.on_gpu:
             self._predict(target, hidden, arguments)
             return

@@ -20,7 +20,7 @@ def drifting_scores(steps, batch, kv_heads, capacity, drift):
 
 
 def run_steps(run, all_scores, budgets, new_rows, all_lengths, k_max, device):
-    """Of consecutive steps, from an empty history: the selection (tokens, counts) and the history after it."""
+    """Of consecutive steps, from an empty history: the selection (tokens, counts), the history after it."""
     batch, kv_heads, capacity = all_scores[0].shape
     history = torch.zeros(batch, kv_heads, capacity, dtype=torch.uint8, device=device)
     budgets = torch.tensor(budgets, dtype=torch.int32, device=device).view(batch, -1)

@@ -19,8 +19,10 @@ def test_selection_by_hand():
     assert select(scores, far, mass, None, 1) == (1.0, 5 / 3)
     held, new = select(scores, far, mass, 1, 1)  # one of the third step's two, and of the fourth's
     assert (round(held, 5), new) == (round((1 + 1 + 2 / 3 + 2 / 3) / 4, 5), 1.0)
-    held, new = select(scores, far, mass, 1, 4)  # both of the fourth step's are remembered
-    assert (round(held, 5), new) == (round((1 + 1 + 2 / 3 + 1) / 4, 5), 2 / 3)
+    # The third step chooses tokens 10 and 2 (of the first step's), so that the fourth lacks 4 alone; of four
+    # tokens in two steps only the last step's two are remembered.
+    held, new = select(scores, far, mass, 1, 4)
+    assert (round(held, 5), new) == (round((1 + 1 + 2 / 3 + 1) / 4, 5), 1.0)
 
 
 def test_labels_of_full_width_score_as_keys_do():
