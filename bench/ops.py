@@ -19,6 +19,7 @@ from offload_runtime.bench.machine import machine
 from offload_runtime.bench.timing import graph_ms, hbm_copy_gb_s, pinned_copy_gb_s
 from offload_runtime.kernels.append import append_rows
 from offload_runtime.kernels.gather import gather_rows, gather_rows_triton
+from offload_runtime.kernels.history import empty_history
 from offload_runtime.kernels.labels import code_width, make_labels, make_labels_triton
 from offload_runtime.kernels.query_labels import query_labels, query_labels_triton
 from offload_runtime.kernels.residency import resolve
@@ -134,8 +135,9 @@ def bench_select(shape: Shape, bits: int, channels: int, budget: int, new_rows: 
     limits = (torch.full((b, h), budget, **INT32), shape.lengths(), shape.sinks, shape.recent)
     history = None
     if new_rows:  # 1.75 k tokens of the last eight steps' selections, half of them of the last one's
-        past = torch.randint(1, 256, (b, h, n), dtype=torch.uint8, device="cuda")
-        history = past * (torch.rand(b, h, n, device="cuda") < 1.75 * budget / n)
+        history = empty_history(b, h, n, "cuda")
+        history.random_(1, 256)
+        history *= torch.rand(history.shape, device="cuda") < 1.75 * budget / n
     moved = b * h * n * (width * codes[0].element_size() + 4 * (bits < 16)) + 4 * b * h * budget
     calls: Calls = [
         partial(

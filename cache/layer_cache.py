@@ -6,7 +6,7 @@ import torch
 
 from ..kernels.append import append_rows
 from ..kernels.gather import gather_rows
-from ..kernels.history import REMEMBERED
+from ..kernels.history import REMEMBERED, empty_history
 from ..kernels.query_labels import query_labels
 from ..kernels.residency import resolve
 from ..kernels.scores import label_scores
@@ -62,7 +62,7 @@ class LayerCache:
         heads = (layout.batch, layout.kv_heads)
         self.history: torch.Tensor | None = None  # kernels/history.py
         if new_rows is not None:
-            self.history = torch.zeros(*heads, layout.capacity, dtype=torch.uint8, device=device)
+            self.history = empty_history(*heads, layout.capacity, device)
         self.budgets = torch.zeros(heads, dtype=torch.int32, device=device)  # K of each KV head
         self.counters = torch.zeros(layout.batch, 2, 3, dtype=torch.int64, device=device)
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.history import row_bytes
+
 SCALE_PAIR_BYTES = 4  # float16 scale and offset of one token's label
 INT32_BYTES = 4
 HOST_PAGE_BYTES = 2 << 20  # of managed memory: a head's rows may end in the middle of one
@@ -107,8 +109,8 @@ class KVLayout:
 
     @property
     def history_bytes(self) -> int:
-        """GPU bytes of one layer's last selections, a bit each: [B, Hkv, N]."""
-        return self.heads * self.capacity
+        """GPU bytes of one layer's last selections: kernels/history.py."""
+        return self.heads * row_bytes(self.capacity)
 
     @property
     def gpu_bytes(self) -> int:

@@ -1,6 +1,7 @@
 """Which tokens the last steps selected: what sticky selection (sticky.py) lets come back for nothing.
 
-A byte a token: bit s is set if the token was selected s + 1 steps ago, so that the lowest one is its age.
+A byte for every token after the sinks: bit s is set if the token was selected s + 1 steps ago, so that the
+lowest one is its age.
 Members are the tokens of the last steps' selections, of as many steps as together have at most 2 k - new_rows
 tokens, eight at most: then a resident set of 2 k slots, the default, holds all members and all that is new,
 and no step brings more than new_rows rows. Rows that were selected a few steps ago are often needed again:
@@ -13,10 +14,21 @@ import triton
 import triton.language as tl
 
 REMEMBERED = 8  # selections: bits of a byte
+VECTOR = 16  # bytes that a GPU thread reads at once: rows begin at multiples of it
+
+
+def row_bytes(capacity: int) -> int:
+    """Bytes of a history for one KV head of a sequence of up to `capacity` tokens."""
+    return -(-capacity // VECTOR) * VECTOR
+
+
+def empty_history(batch: int, kv_heads: int, capacity: int, device: torch.device | str) -> torch.Tensor:
+    """[B, Hkv, row_bytes] uint8, entry i for token sinks + i: nothing was selected yet."""
+    return torch.zeros(batch, kv_heads, row_bytes(capacity), dtype=torch.uint8, device=device)
 
 
 def members_of(history: torch.Tensor, k: int, new_rows: int) -> torch.Tensor:
-    """Which tokens [N] are members, bool, of one KV head's history [N] uint8 and its k."""
+    """Which tokens [n] are members, bool, of some entries [n] of one KV head's history and its k."""
     members = history & 1 != 0
     for steps in range(2, REMEMBERED + 1):
         more = history & ((1 << steps) - 1) != 0
@@ -27,18 +39,21 @@ def members_of(history: torch.Tensor, k: int, new_rows: int) -> torch.Tensor:
 
 
 @triton.jit
-def count_ages_kernel(
-    history, lengths, ages, kv_heads, capacity, sinks, recent, CHUNK: tl.constexpr
-):  # fmt: skip
+def load_past(history, row, pitch, sinks, positions, selectable):
+    """The bytes of a block's tokens; `pitch` entries a row, the first one of token `sinks`."""
+    entries = history + row.to(tl.int64) * pitch + positions - sinks
+    return tl.load(entries, mask=selectable, other=0).to(tl.int32)
+
+
+@triton.jit
+def count_ages_kernel(history, lengths, ages, kv_heads, pitch, sinks, recent, CHUNK: tl.constexpr):
     """Add a block's tokens of each age to ages [rows, 8], which begin as zeros."""
     block, row = tl.program_id(0), tl.program_id(1)
     end = tl.maximum(tl.load(lengths + row // kv_heads) - recent, sinks)
     if block * CHUNK < end:
         positions = block * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
         selectable = (positions >= sinks) & (positions < end)
-        past = tl.load(history + row.to(tl.int64) * capacity + positions, mask=selectable, other=0).to(
-            tl.int32
-        )
+        past = load_past(history, row, pitch, sinks, positions, selectable)
         lowest = past & -past
         for age in tl.static_range(8):
             count = tl.sum((lowest == (1 << age)).to(tl.int32), 0)
@@ -52,10 +67,3 @@ def remembered_bits(ages, row, k, new_rows):
     upto = tl.cumsum(tl.load(ages + row * 8 + age), 0)  # [8] tokens of the last age + 1 steps
     counted = (upto <= 2 * k - new_rows) | (age == 0)
     return tl.sum(tl.where(counted, 1 << age, 0), 0)
-
-
-@triton.jit
-def load_members(history, row, positions, selectable, capacity, remembered):
-    """Which of a block's tokens were selected in the steps whose bits are in `remembered`."""
-    past = tl.load(history + row.to(tl.int64) * capacity + positions, mask=selectable, other=0)
-    return (past.to(tl.int32) & remembered) != 0

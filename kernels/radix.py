@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .history import load_members, remembered_bits
+from .history import load_past, remembered_bits
 
 DIGITS = 4  # 8 bits each: tl.histogram costs about bins / 32 operations a token, so not wider
 
@@ -140,7 +140,7 @@ def write_histogram(hist, digit, match, CHUNK: tl.constexpr, SPARSE: tl.constexp
 @triton.jit
 def digit_kernel(
     scores, history, ages, budgets, lengths, hist, state, above,
-    kv_heads, capacity, sinks, recent, new_rows,
+    kv_heads, capacity, pitch, sinks, recent, new_rows,
     DIGIT: tl.constexpr, STREAMS: tl.constexpr, CHUNK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Histogram of one digit of every stream; first fixes the digit before it."""
@@ -154,8 +154,8 @@ def digit_kernel(
     digit = ((key >> (24 - 8 * DIGIT)) & 255).to(tl.int32)
     n_members = 0
     if STREAMS == 3:
-        remembered = remembered_bits(ages, row, wanted, new_rows)
-        member = load_members(history, row, positions, selectable, capacity, remembered)
+        past = load_past(history, row, pitch, sinks, positions, selectable)
+        member = (past & remembered_bits(ages, row, wanted, new_rows)) != 0
         if DIGIT == 1:
             base = histogram_of_stream(hist, 2, row, rows, blocks, 0, STREAMS)
             n_members = tl.sum(row_histogram(base, used), 0)

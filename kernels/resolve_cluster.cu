@@ -13,6 +13,10 @@ constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / 32;
 constexpr unsigned ALL = 0xffffffffu;
 constexpr int AGES = 9;  // kept_steps + 1 at most
+// Entries a lane looks up at once: what is looked up depends on what was, and one at a time a selection of 16,384
+// took 73 us (H100), most of it waiting.
+constexpr int EACH = 4;
+constexpr int NO_ENTRY = 0x7fffffff;  // in the place of a slot
 
 struct Shared {
     int warp_count[WARPS];
@@ -51,6 +55,9 @@ __device__ int place_of_warp(int count, unsigned rank, Shared& shared, int* cta_
 struct alignas(8) Stamp {
     int attended, predicted;
 };
+
+__device__ bool is_slot(int slot) { return slot >= 0 && slot != NO_ENTRY; }
+__device__ int in_ring(int slot, int n_slots) { return slot < n_slots ? slot : slot - n_slots; }
 
 // Another CTA may have written these.
 __device__ int load_shared_by_ctas(const int* source) { return __ldcg(source); }
@@ -93,14 +100,19 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 
     Segment mine = segment_of(count, rank);
     int missed = 0, predicted = 0;
-#pragma unroll 4
-    for (int first = mine.from; first < mine.to; first += 32) {
-        int i = first + lane;
-        int slot = i < mine.to ? slot_of_token[tokens[i]] : 0;
-        missed += __popc(__ballot_sync(ALL, slot < 0));
-        if (i < mine.to && slot >= 0) {
-            if (PHASE == 1) predicted += stamps[slot].predicted == now;
-            mine_stamps[2 * slot] = now;
+    for (int first = mine.from + lane; first - lane < mine.to; first += 32 * EACH) {
+        int slot[EACH], last[EACH];
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) slot[j] = first + 32 * j < mine.to ? tokens[first + 32 * j] : -1;
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) slot[j] = slot[j] < 0 ? NO_ENTRY : slot_of_token[slot[j]];
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) last[j] = PHASE == 1 && is_slot(slot[j]) ? stamps[slot[j]].predicted : -1;
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+            missed += __popc(__ballot_sync(ALL, slot[j] < 0));
+            predicted += last[j] == now;
+            if (is_slot(slot[j])) mine_stamps[2 * slot[j]] = now;
         }
     }
     int misses, place = place_of_warp(missed, rank, shared, &shared.cta_misses, misses);
@@ -113,45 +125,71 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         atomicAdd(counters + PHASE * 3, (unsigned long long)count);
         atomicAdd(counters + PHASE * 3 + 1, (unsigned long long)(count - misses));
     }
-    for (int first = mine.from; first < mine.to; first += 32) {
-        int i = first + lane;
-        int token = i < mine.to ? tokens[i] : 0;
-        bool miss = i < mine.to && slot_of_token[token] < 0;
-        unsigned all = __ballot_sync(ALL, miss);
-        if (miss) miss_tokens[place + __popc(all & before)] = token;
-        place += __popc(all);
+    for (int first = mine.from + lane; first - lane < mine.to && misses; first += 32 * EACH) {
+        int token[EACH], slot[EACH];
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) token[j] = first + 32 * j < mine.to ? tokens[first + 32 * j] : -1;
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) slot[j] = token[j] < 0 ? NO_ENTRY : slot_of_token[token[j]];
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+            unsigned all = __ballot_sync(ALL, slot[j] < 0);
+            if (slot[j] < 0) miss_tokens[place + __popc(all & before)] = token[j];
+            place += __popc(all);
+        }
     }
 
     mine = segment_of(misses ? n_slots : 0, rank);  // slots in ring order from the hand
     int older = 0;  // lane i: this warp's free slots whose rows no step attended to in the last i
-#pragma unroll 4
-    for (int first = mine.from; first < mine.to; first += 32) {
-        int i = first + lane, slot = start + i;
-        if (slot >= n_slots) slot -= n_slots;
-        int age = i < mine.to ? age_of(load_stamp(stamps + slot), now, attended) : 0;
+    for (int first = mine.from + lane; first - lane < mine.to; first += 32 * EACH) {
+        int age[EACH];
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+            int i = first + 32 * j;
+            age[j] = i < mine.to ? age_of(load_stamp(stamps + in_ring(start + i, n_slots)), now, attended) : 0;
+        }
         for (int steps = 0; steps <= kept_steps; ++steps) {
-            unsigned all = __ballot_sync(ALL, age > steps);
-            if (lane == steps) older += __popc(all);
+#pragma unroll
+            for (int j = 0; j < EACH; ++j) {
+                unsigned all = __ballot_sync(ALL, age[j] > steps);
+                if (lane == steps) older += __popc(all);
+            }
         }
     }
     int steps = kept_steps && misses ? steps_to_keep(older, kept_steps, misses, shared) : 0, all_free;
     place = place_of_warp(__shfl_sync(ALL, older, steps), rank, shared, &shared.cta_free, all_free);
-    for (int first = mine.from; first < mine.to && place < misses; first += 32) {
-        int i = first + lane, slot = start + i;
-        if (slot >= n_slots) slot -= n_slots;
-        bool is_free = i < mine.to && age_of(load_stamp(stamps + slot), now, attended) > steps;
-        unsigned all = __ballot_sync(ALL, is_free);
-        int given = place + __popc(all & before);
-        if (is_free && given < misses) {
-            int token = load_shared_by_ctas(miss_tokens + given), evicted = token_in_slot[slot];
-            if (evicted >= 0) slot_of_token[evicted] = -1;
-            slot_of_token[token] = slot;
-            token_in_slot[slot] = token;
-            stamps[slot] = attended ? Stamp{now, -1} : Stamp{-1, now};
-            miss_slots[given] = slot;
-            if (given == misses - 1) hand[row] = slot + 1 == n_slots ? 0 : slot + 1;
+    for (int first = mine.from + lane; first - lane < mine.to && place < misses; first += 32 * EACH) {
+        int given[EACH], token[EACH], evicted[EACH];  // given: the miss that a slot is for, -1 none
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+            int i = first + 32 * j;
+            given[j] = i < mine.to ? age_of(load_stamp(stamps + in_ring(start + i, n_slots)), now, attended) : 0;
         }
-        place += __popc(all);
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+            bool is_free = given[j] > steps;
+            unsigned all = __ballot_sync(ALL, is_free);
+            given[j] = is_free ? place + __popc(all & before) : misses;
+            given[j] = given[j] < misses ? given[j] : -1;
+            place += __popc(all);
+        }
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+            if (given[j] < 0) continue;
+            token[j] = load_shared_by_ctas(miss_tokens + given[j]);
+            evicted[j] = token_in_slot[in_ring(start + first + 32 * j, n_slots)];
+        }
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+            if (given[j] < 0) continue;
+            int slot = in_ring(start + first + 32 * j, n_slots);
+            if (evicted[j] >= 0) slot_of_token[evicted[j]] = -1;
+            slot_of_token[token[j]] = slot;
+            token_in_slot[slot] = token[j];
+            stamps[slot] = attended ? Stamp{now, -1} : Stamp{-1, now};
+            miss_slots[given[j]] = slot;
+            if (given[j] == misses - 1) hand[row] = in_ring(slot + 1, n_slots);
+        }
     }
     cluster_sync();  // no CTA leaves while another may read its shared memory
 }

@@ -52,19 +52,34 @@ __device__ void clear_counts(Shared& shared) {
     __syncthreads();  // ages are counted before the cluster's barrier ends
 }
 
+// A CTA's history is read 16 tokens at a time; its first entry is at a multiple of 16 bytes.
+constexpr int VECTOR = 16;
+
 // Count this CTA's tokens by age: how many steps ago they were selected last, which is a byte's lowest bit.
 __device__ void count_ages(const unsigned char* history, int n, Shared& shared) {
     unsigned long long counts = 0;  // 8 bits an age: a thread has at most 112 tokens (56 K keys fill an SM)
-#pragma unroll 16
-    for (int i = threadIdx.x; i < n; i += THREADS) {
-        unsigned past = history[i];
-        counts += past ? 1ull << 8 * (__ffs(past) - 1) : 0;
+#pragma unroll 2
+    for (int i = threadIdx.x; i * VECTOR < n; i += THREADS) {
+        uint4 past = ((const uint4*)history)[i];
+        unsigned words[4] = {past.x, past.y, past.z, past.w};
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+            for (unsigned rest = words[word]; rest;) {  // byte by byte, from the lowest that is not zero
+                int bit = __ffs(rest) - 1;
+                counts += 1ull << 8 * (bit & 7);
+                rest &= bit < 24 ? ~0u << ((bit & 24) + 8) : 0u;
+            }
+        }
     }
     for (int age = 0; age < AGES; ++age) {
         int count = __reduce_add_sync(ALL, (int)(counts >> 8 * age & 255));
         if (threadIdx.x % 32 == 0 && count) atomicAdd(&shared.ages[age], count);
     }
 }
+
+// Four bytes, each 0 or 1, as four bits, and back.
+__device__ unsigned bits_of_bytes(unsigned bytes) { return bytes * 0x01020408u >> 24 & 15; }
+__device__ unsigned bytes_of_bits(unsigned bits) { return (bits & 15) * 0x00204081u & 0x01010101u; }
 
 // The bits of as many steps as have together at most `limit` tokens, one step at least; how many they have.
 __device__ unsigned remembered_bits(Shared& shared, int limit, int& members) {
@@ -81,21 +96,37 @@ __device__ unsigned remembered_bits(Shared& shared, int limit, int& members) {
     return bits;
 }
 
-// Of this CTA's tokens, those selected in one of the steps in `remembered` to member_bits [n / 32]; a word a warp.
+// Of this CTA's tokens, those selected in one of the steps in `remembered` to member_bits [n / 32].
 __device__ void load_members(const unsigned char* history, int n, unsigned remembered, unsigned* member_bits) {
-    int lane = threadIdx.x & 31, words = (n + 31) / 32;
-#pragma unroll 16
-    for (int word = threadIdx.x >> 5; word < words; word += WARPS) {
-        int i = word * 32 + lane;
-        unsigned bits = __ballot_sync(ALL, i < n && (history[i] & remembered));
-        if (lane == 0) member_bits[word] = bits;
+    unsigned mask = remembered * 0x01010101u;
+#pragma unroll 2
+    for (int i = threadIdx.x; i * VECTOR < n; i += THREADS) {
+        uint4 past = ((const uint4*)history)[i];
+        unsigned words[4] = {past.x & mask, past.y & mask, past.z & mask, past.w & mask}, bits = 0;
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+            unsigned any = ((words[word] & 0x7f7f7f7fu) + 0x7f7f7f7fu | words[word]) >> 7 & 0x01010101u;
+            bits |= bits_of_bytes(any) << 4 * word;
+        }
+        ((unsigned short*)member_bits)[i] = (unsigned short)bits;
     }
+    // The last word's upper half, if no token is in it.
+    int halves = (n + VECTOR - 1) / VECTOR;
+    if (threadIdx.x == 0 && (halves & 1)) ((unsigned short*)member_bits)[halves] = 0;
 }
 
 // One step on: what was selected a step ago was now selected two steps ago, and `chosen` [n / 32] a step ago.
-__device__ void write_history(unsigned char* __restrict__ history, int n, const unsigned* __restrict__ chosen) {
-#pragma unroll 8
-    for (int i = threadIdx.x; i < n; i += THREADS) history[i] = history[i] << 1 | (chosen[i >> 5] >> (i & 31) & 1);
+__device__ void write_history(unsigned char* history, int n, const unsigned* chosen) {
+#pragma unroll 2
+    for (int i = threadIdx.x; i * VECTOR < n; i += THREADS) {
+        uint4 past = ((const uint4*)history)[i];
+        unsigned bits = ((const unsigned short*)chosen)[i];
+        past.x = (past.x << 1 & 0xfefefefeu) | bytes_of_bits(bits);
+        past.y = (past.y << 1 & 0xfefefefeu) | bytes_of_bits(bits >> 4);
+        past.z = (past.z << 1 & 0xfefefefeu) | bytes_of_bits(bits >> 8);
+        past.w = (past.w << 1 & 0xfefefefeu) | bytes_of_bits(bits >> 12);
+        ((uint4*)history)[i] = past;
+    }
 }
 
 // Add `count` to the histogram for each marked token.
@@ -129,7 +160,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     select_cluster(
         const float* query_labels, const float* offsets, const unsigned char* codes, const unsigned* scales,
         const int* budgets, const int* lengths, unsigned char* history, int* tokens, int* counts, int kv_heads,
-        int capacity, int sinks, int recent, int new_rows, int attended, int k_max) {
+        int capacity, int pitch, int sinks, int recent, int new_rows, int attended, int k_max) {
     extern __shared__ __align__(16) unsigned dynamic[];
     __shared__ Shared shared;
     unsigned rank = cta_rank();
@@ -138,12 +169,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     int k = min(budgets[row], span), *target = tokens + (long long)row * k_max;
     int share = (span + CLUSTER * 32 - 1) / (CLUSTER * 32) * 32;
     int first = sinks + rank * share, n = max(min(share, end - first), 0);
-    long long place = (long long)row * capacity + first;
+    if (STICKY) history += (long long)row * pitch + first - sinks;
     if (k > 0 && k < span) {
         unsigned *keys = dynamic, *chosen = keys + share, *member_bits = chosen + share / 32;
         clear_counts(shared);
-        if (STICKY) count_ages(history + place, n, shared);
+        if (STICKY) count_ages(history, n, shared);
         cluster_publish();
+        long long place = (long long)row * capacity + first;
         score_tokens(codes + place * ROW_BYTES, scales + place, query_labels + row * GROUP * CHANNELS,
                      offsets + row * GROUP, n, keys, shared);
         cluster_wait();  // every CTA's totals are zero, and the ages counted
@@ -151,18 +183,18 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         auto eligible = [&](int word) { return STICKY ? member_bits[word] : ALL; };
         int wanted = k, round = 0;
         if (STICKY)
-            admit_others(part, history + place, span, k, new_rows, rank, round, member_bits, chosen, shared);
+            admit_others(part, history, span, k, new_rows, rank, round, member_bits, chosen, shared);
         Range range = find_range(part, wanted, round, shared, eligible);
         collect(part, range, chosen, shared, eligible);
         int lower = choose_listed(part, wanted, rank, chosen, shared);
         cluster_arrive_relaxed();  // this thread reads no other CTA's memory below
         write_chosen(chosen, n, first, target, lower, shared);
-        if (STICKY && attended) write_history(history + place, n, chosen);
+        if (STICKY && attended) write_history(history, n, chosen);
         cluster_wait();  // no CTA leaves while another may read its shared memory
     } else {
         for (int i = rank * THREADS + threadIdx.x; i < k; i += CLUSTER * THREADS) target[i] = sinks + i;
         for (int i = threadIdx.x; STICKY && attended && i < n; i += THREADS)
-            history[place + i] = history[place + i] << 1 | (k > 0);
+            history[i] = history[i] << 1 | (k > 0);
     }
     for (int i = k + rank * THREADS + threadIdx.x; i < k_max; i += CLUSTER * THREADS) target[i] = -1;
     if (rank == 0 && threadIdx.x == 0) counts[row] = k;

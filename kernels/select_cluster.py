@@ -57,7 +57,7 @@ def select_by_labels_cluster(
     query_labels [B, Hq, R] and offsets [B, Hq] float32; codes [B, Hkv, N,
     code_width] and scales [B, Hkv, N, 2]: the label cache; budgets [B, Hkv] and
     lengths [B] int32; tokens [B, Hkv, K] and counts [B, Hkv] int32 are written.
-    history [B, Hkv, N] uint8 and attended: as sticky_topk_reference has them. All tensors contiguous.
+    history [B, Hkv, P] uint8 and attended: as sticky_topk_reference has them. All tensors contiguous.
     Scores are rounded differently from label_scores (a relative 1e-6 or so), so
     tokens of nearly equal score may change places; the same input gives the same bits.
     """
@@ -69,7 +69,8 @@ def select_by_labels_cluster(
     past = codes if history is None else history  # never read without one
     kernel, cluster = compiled(channels, bits, group, sticky, capacity, tokens.device.index)
     pointers = (query_labels, offsets, codes, scales, budgets, lengths, past, tokens, counts)
-    numbers = (kv_heads, capacity, sinks, recent, new_rows, int(attended), tokens.shape[-1])
+    limits = (sinks, recent, new_rows, int(attended))
+    numbers = (kv_heads, capacity, past.shape[-1], *limits, tokens.shape[-1])
     stream = torch.cuda.current_stream(tokens.device).cuda_stream
     with cupy.cuda.Device(tokens.device.index), cupy.cuda.ExternalStream(stream):
         kernel(

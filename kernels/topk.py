@@ -64,7 +64,7 @@ def select_topk_triton(
     for digit in range(DIGITS):
         digit_kernel[(blocks, rows)](
             scores, scores, scores, budgets, lengths, hist, state, above,
-            kv_heads, capacity, sinks, recent, 0,
+            kv_heads, capacity, 0, sinks, recent, 0,
             DIGIT=digit, STREAMS=1, CHUNK=chunk, VEC=vec, num_warps=warps,
         )  # fmt: skip
     compact_kernel[(blocks, rows)](

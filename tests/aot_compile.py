@@ -103,7 +103,7 @@ def attend(dtype: str, dim: int, dim_pad: int, group_pad: int, block: int, softc
     pointers |= dict.fromkeys(("partial", "tops", "sums"), "*fp32")
     sizes = {"KV_HEADS": 8, "GROUP": 4, "GROUP_PAD": group_pad, "DIM": dim, "DIM_PAD": dim_pad, "SINKS": 4}
     sizes |= {"RECENT": 64, "SPLITS": 52, "CHUNK": 320, "BLOCK": block, "SOFTCAP": softcap}
-    sizes |= {"UPCAST": False, "STAGES": 2}
+    sizes |= {"UPCAST": False, "STAGES": 4}
     return Case("sparse_decode", "_attend_kernel", pointers, sizes, wide=True)
 
 
@@ -198,8 +198,8 @@ CASES = [
     scores(8, 64, 1, 4, 2, 128),
     scores(16, 16, 4, 4, 2, 256),
     scores(16, 128, 16, 16, 1, 64),
-    attend("bf16", 128, 128, 16, 64),
-    attend("fp16", 80, 128, 16, 64, softcap=True),
+    attend("bf16", 128, 128, 16, 32),
+    attend("fp16", 80, 128, 16, 32, softcap=True),
     attend("fp32", 256, 256, 16, 16),
     attend("bf16", 16, 16, 16, 128),
     combine("bf16", 128, has_sink=False),

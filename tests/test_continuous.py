@@ -35,6 +35,12 @@ def requests(device):
     ]
 
 
+def wait(device) -> None:
+    """Steps run on a stream of their own."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def alone(runtime, prompt, new_tokens, **sampling):
     options = {"do_sample": False, **sampling}
     return runtime.generate(prompt[None], max_new_tokens=new_tokens, **options)[0, len(prompt) :].tolist()
@@ -148,6 +154,7 @@ def test_empty_places_use_no_uninitialised_memory(poisoned, model, device, prefe
         batch.step()
     done = together(batch, runtime, wanted, range(7))
     assert len(done) == 7
+    wait(device)
     assert batch.session.state.lengths.tolist() == [0, 0, 0]
 
 
@@ -171,6 +178,7 @@ def test_newcomers_prefill_while_others_decode(model, device):
 
 
 def predicted_rows(batch: ContinuousBatch, place: int) -> int:
+    wait(batch.token_ids.device.type)
     return sum(int(cache.counters[place, PREDICTED, SELECTED]) for cache in batch.session.offloaded.values())
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from offload_runtime.kernels.append import append_rows_reference, append_rows_triton
+from offload_runtime.kernels.history import empty_history
 from offload_runtime.kernels.labels import code_width, make_labels_reference, make_labels_triton
 from offload_runtime.kernels.query_labels import query_labels_reference, query_labels_triton
 from offload_runtime.kernels.scores import label_scores_reference, label_scores_triton
@@ -82,7 +83,7 @@ def test_nothing_is_selected(kind, on_gpu, device):
         run(scores, budgets, lengths_on(device), SINKS, RECENT, tokens, counts)
     else:
         run = sticky_topk_triton if on_gpu else sticky_topk_reference
-        history = torch.zeros(3, 2, CAPACITY, dtype=torch.uint8, device=device)
+        history = empty_history(3, 2, CAPACITY, device)
         run(scores, budgets, 3, lengths_on(device), SINKS, RECENT, history, True, tokens, counts)
         assert not history[[0, 2]].any()
     assert counts.tolist() == [[0] * 2, [BUDGET] * 2, [0] * 2]
@@ -101,7 +102,7 @@ def test_the_cluster_kernel_selects_nothing(sticky):
     tokens = torch.full((3, 2, BUDGET), 9, dtype=torch.int32, device="cuda")
     counts = torch.full((3, 2), 9, dtype=torch.int32, device="cuda")
     budgets = torch.tensor([[0] * 2, [BUDGET] * 2, [0] * 2], dtype=torch.int32, device="cuda")
-    history = torch.zeros(3, 2, CAPACITY, dtype=torch.uint8, device="cuda") if sticky else None
+    history = empty_history(3, 2, CAPACITY, "cuda") if sticky else None
     limits = (budgets, lengths_on("cuda"), SINKS, RECENT)
     select_by_labels_cluster(labels, offsets, codes, scales, 16, *limits, tokens, counts, history, 3)
     assert counts.tolist() == [[0] * 2, [BUDGET] * 2, [0] * 2]

@@ -7,7 +7,7 @@ where they differ, the scores may differ by no more than 1e-3 of the scores' spr
 import pytest
 import torch
 
-from offload_runtime.kernels.history import members_of
+from offload_runtime.kernels.history import empty_history, members_of
 from offload_runtime.kernels.labels import quantise
 from offload_runtime.kernels.scores import label_scores_reference
 from offload_runtime.kernels.select_cluster import (
@@ -67,7 +67,7 @@ class Problem:
         return scores
 
     def empty_history(self):
-        return torch.zeros(self.shape, dtype=torch.uint8, device="cuda")
+        return empty_history(*self.shape, "cuda")
 
     def run(self, tokens, counts, history=None, new_rows=0, attended=True):
         select_by_labels_cluster(
@@ -195,8 +195,8 @@ def test_sticky_selection(new_rows):
             before.clone(), True, expected, expected_counts,
         )  # fmt: skip
         check(tokens, counts, expected, expected_counts, scores)
-        chosen = torch.zeros(problem.shape, dtype=torch.int32, device="cuda")
-        chosen.scatter_add_(2, tokens.long().clamp_min(0), (tokens >= 0).int())
+        chosen = torch.zeros(history.shape, dtype=torch.int32, device="cuda")  # entry i is token SINKS + i
+        chosen.scatter_add_(2, (tokens.long() - SINKS).clamp_min(0), (tokens >= 0).int())
         assert torch.equal(history.int(), (before.int() << 1 & 255) | chosen)
         if step:
             for b in range(2):
@@ -215,10 +215,9 @@ def test_a_history_of_selections_that_take_all():
     for _ in range(2):
         problem.run(tokens, counts, history, 5)
     for b, (length, bits) in enumerate(((101, 3), (77, 3), (90, 0))):
-        end = max(length - RECENT, SINKS)
-        assert (history[b, :, SINKS:end] == bits).all()
-        assert not history[b, :, :SINKS].any()
-        assert not history[b, :, end:].any()
+        entries = max(length - RECENT - SINKS, 0)
+        assert (history[b, :, :entries] == bits).all()
+        assert not history[b, :, entries:].any()
 
 
 @pytest.mark.gpu

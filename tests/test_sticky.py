@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from offload_runtime.kernels.history import empty_history
 from offload_runtime.kernels.sticky import sticky_topk, sticky_topk_reference, sticky_topk_triton
 from offload_runtime.kernels.topk import select_topk_reference
 
@@ -22,7 +23,7 @@ def drifting_scores(steps, batch, kv_heads, capacity, drift):
 def run_steps(run, all_scores, budgets, new_rows, all_lengths, k_max, device):
     """Of consecutive steps, from an empty history: the selection (tokens, counts), the history after it."""
     batch, kv_heads, capacity = all_scores[0].shape
-    history = torch.zeros(batch, kv_heads, capacity, dtype=torch.uint8, device=device)
+    history = empty_history(batch, kv_heads, capacity, device)
     budgets = torch.tensor(budgets, dtype=torch.int32, device=device).view(batch, -1)
     budgets = budgets.expand(-1, kv_heads).contiguous()  # a number a sequence, or a list of one a KV head
     results = []
@@ -118,8 +119,8 @@ def test_a_token_of_some_steps_ago_comes_back_though_nothing_new_may_enter(devic
 def test_the_history_holds_eight_steps(device):
     scores = list(drifting_scores(11, 1, 1, 600, 0.6))
     found = compare(scores, [40], 15, [[600]] * 11, 40, device)
-    for token, bits in enumerate(found[-1][2][0, 0].tolist()):
-        steps = [token in found[10 - back][0][0, 0].tolist() for back in range(8)]
+    for entry, bits in enumerate(found[-1][2][0, 0].tolist()):
+        steps = [SINKS + entry in found[10 - back][0][0, 0].tolist() for back in range(8)]
         assert bits == sum(1 << back for back, selected in enumerate(steps) if selected)
 
 
@@ -140,7 +141,7 @@ def test_captured_in_a_cuda_graph():
     lengths = torch.tensor([20000], dtype=torch.int32, device="cuda")
     tokens, expected = (torch.full((1, 2, 1000), -1, dtype=torch.int32, device="cuda") for _ in range(2))
     counts = torch.zeros(1, 2, dtype=torch.int32, device="cuda")
-    history, expected_history = (torch.zeros(1, 2, 20000, dtype=torch.uint8, device="cuda") for _ in range(2))
+    history, expected_history = (empty_history(1, 2, 20000, "cuda") for _ in range(2))
     shared = (budgets, 60, lengths, SINKS, RECENT)
     sticky_topk(buffer, *shared, history.clone(), True, tokens.clone(), counts.clone())
     torch.cuda.synchronize()
