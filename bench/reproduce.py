@@ -144,7 +144,8 @@ STEPS = (
         600,
         (
             CALIBRATE + " --model {smollm2} --text {wealth} --out {out}/smollm2.safetensors",
-            "-m bench.sticky " + SMOLLM2_QUALITY + " --text {moby} --out {out}/sticky_smollm2.json",
+            "-m bench.sticky " + SMOLLM2_QUALITY + " --text {moby} --tokens 8192"
+            " --out {out}/sticky_smollm2.json",
             "-m bench.prediction --model {smollm2} --calibrate {wealth} --test {moby} --tokens 4096"
             " --calibration-tokens 8192 --out {out}/prediction_smollm2.json",
             "-m offload_runtime eval attention " + SMOLLM2_QUALITY + " --ctx 8192 --budget 1/16"
