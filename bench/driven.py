@@ -87,7 +87,7 @@ class DrivenSession(Session):
         None: by the model's own again. The next step is captured anew. Call after restart().
         """
         for cache in self.offloaded.values():
-            cache.__dict__.pop("choose", None)
+            cache.__dict__.pop("select", None)
         self.driven = overlap is not None
         self.decoder.forget_graphs()
         if overlap is None:
@@ -97,15 +97,15 @@ class DrivenSession(Session):
             self._drive_cache(index, cache)
 
     def _drive_cache(self, index: int, cache: LayerCache) -> None:
-        plain = cache.choose
+        plain = cache.select
 
-        def choose(
+        def select(
             _: torch.Tensor, scale: float, selection: Any, work: Any, phase: int, attended: bool
         ) -> None:
             query = self.guesses[index] if phase == PREDICTED else self.queries[index]
             plain(query, scale, selection, work, phase, attended)
 
-        cache.choose = choose  # type: ignore[method-assign, assignment]
+        cache.select = select  # type: ignore[method-assign, assignment]
 
     def _cosine_for(self, overlap: float) -> float:
         """The cosine of two random queries whose exact selections share `overlap` of their tokens."""
@@ -123,9 +123,8 @@ class DrivenSession(Session):
     def _exact_selection(self, query: torch.Tensor) -> torch.Tensor:
         """Which tokens of layer 0 a query [B, Hq, D] selects: [B, Hkv, N] bool."""
         cache, selection = self.offloaded[0], self.prefetcher.selection
-        cache.resident.clear()  # no step passes between them: no slot would be free
         history, cache.history = cache.history, None  # sticky selection aside
-        cache.choose(query, self.layout.head_dim**-0.5, selection, self.prefetcher.work, TRUE, True)
+        cache.select(query, self.layout.head_dim**-0.5, selection, self.prefetcher.work, TRUE, True)
         cache.history = history
         chosen = torch.zeros_like(cache.resident.slot_of_token, dtype=torch.bool)
         count = int(selection.counts.min())  # the same for all: lengths and budgets are

@@ -55,15 +55,15 @@ class Watch:
             self._watch(index, cache)
 
     def _watch(self, index: int, cache: LayerCache) -> None:
-        plain = cache.choose
+        plain = cache.select
 
-        def choose(
+        def select(
             query: torch.Tensor, scale: float, selection: Any, work: Any, phase: int, attended: bool
         ) -> None:
             plain(query, scale, selection, work, phase, attended)
             self.chosen.setdefault((index, phase), []).append(selection.tokens.clone())
 
-        cache.choose = choose  # type: ignore[method-assign]
+        cache.select = select  # type: ignore[method-assign]
 
     def overlap(self, count: int) -> float:
         """Of true selections with the step before's."""

@@ -1,4 +1,4 @@
-"""One layer's cache: append, choose (select and resolve), gather, attend. The path of a row."""
+"""One layer's cache: append, select, give slots, gather, attend. The path of a row."""
 
 from dataclasses import dataclass
 
@@ -90,7 +90,7 @@ class LayerCache:
         append_rows(key, value, lengths, resident.slots, resident.sinks, resident.recent, self.host.rows)
         self.labels.write(key[:, :, None], self.maps, self.state.positions)  # [B, Hkv, 1, D]
 
-    def choose(
+    def select(
         self,
         query: torch.Tensor,
         scale: float,
@@ -99,10 +99,10 @@ class LayerCache:
         phase: int,
         attended: bool,
     ) -> None:
-        """Choose each KV head's tokens for query [B, Hq, D] by label score, and see that each has a slot.
+        """Select each KV head's tokens for query [B, Hq, D] by label score.
 
         attended: the step attends to this selection, which the next sticky ones then start from; else it
-        only moves rows early. gather() fills the slots of those that were not resident.
+        only moves rows early.
         """
         state, resident, maps, cache = self.state, self.resident, self.maps, self.labels
         fixed = (resident.sinks, resident.recent)
@@ -127,10 +127,6 @@ class LayerCache:
         else:
             label_scores(*label_arguments, state.lengths, *fixed, work.scores)
             self._top_k(selection, work, attended)
-        slot_maps = (resident.slot_of_token, resident.token_in_slot, resident.stamps, resident.hand)
-        misses = (work.miss_tokens, work.miss_slots, work.miss_counts, self.counters)
-        kept_steps = 0 if self.history is None else REMEMBERED
-        resolve(*chosen, *slot_maps, state.step, phase, attended, kept_steps, *misses)
 
     def _top_k(self, selection: Selection, work: Workspace, attended: bool) -> None:
         """The best-scored tokens, or with a history the sticky ones."""
@@ -144,8 +140,17 @@ class LayerCache:
             work.scores, self.budgets, new_rows, state.lengths, *fixed, self.history, attended, *chosen
         )
 
+    def give_slots(self, selection: Selection, work: Workspace, phase: int, attended: bool) -> None:
+        """See that each selected token has a slot, and list those whose rows have to be gathered."""
+        resident = self.resident
+        chosen = (selection.tokens, selection.counts)
+        slot_maps = (resident.slot_of_token, resident.token_in_slot, resident.stamps, resident.hand)
+        misses = (work.miss_tokens, work.miss_slots, work.miss_counts, self.counters)
+        kept_steps = 0 if self.history is None else REMEMBERED
+        resolve(*chosen, *slot_maps, self.state.step, phase, attended, kept_steps, *misses)
+
     def gather(self, work: Workspace) -> None:
-        """Bring the rows that choose() listed from host memory into their slots."""
+        """Bring the rows that give_slots() listed from host memory into their slots."""
         misses = (work.miss_tokens, work.miss_slots, work.miss_counts)
         gather_rows(self.host.rows, *misses, self.resident.slots, self.layout.fixed_slots)
 

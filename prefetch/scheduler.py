@@ -126,7 +126,8 @@ class Prefetcher:
             self.predictions[target % 2],
             self.side_works[target % 2],
         )
-        cache.choose(query, scale, prediction, work, PREDICTED, self.attend_predicted)
+        cache.select(query, scale, prediction, work, PREDICTED, self.attend_predicted)
+        cache.give_slots(prediction, work, PREDICTED, self.attend_predicted)
 
     def selection_for(self, index: int, query: torch.Tensor, scale: float) -> Selection:
         """What layer `index` attends to, its rows resident. query [B, Hq, D] is the true query."""
@@ -138,12 +139,13 @@ class Prefetcher:
         else:
             selection = self.selection
             if predicted:
-                self._wait(self.chosen, index)  # both choices change the token-to-slot map
-            cache.choose(query, scale, selection, self.work, TRUE, True)
+                self._wait(self.chosen, index)  # both selections read the history and change the slots' maps
+            cache.select(query, scale, selection, self.work, TRUE, True)
             if self._predicts(index + 1):
                 # Beside each other two selections take 120 us, one after the other 72 each (H100, 262,144
                 # tokens), and this layer waits for its own.
                 self._start(index + 1, *self.waiting)
+            cache.give_slots(selection, self.work, TRUE, True)
             if predicted:
                 self._wait(self.done, index)  # a slot of a wrong prediction may be written a second time
             cache.gather(self.work)
