@@ -113,7 +113,8 @@ def measure_locality(
     tokens = min(ctx, len(ids), adapter.trained_positions or ctx)
     if tokens - room < 4 * room:
         raise UserError(f"a text of {len(ids)} tokens is too short to measure locality on; give --text")
-    config = RuntimeConfig(ctx=tokens, budget=max(shares), cuda_graph=False)
+    # Of exact selections: a sticky one overlaps more by what it is.
+    config = RuntimeConfig(ctx=tokens, budget=max(shares), cuda_graph=False, new_rows=None)
     file = own_calibration(name)
     if file is not None:
         calibration = Calibration.load(file)
@@ -132,7 +133,7 @@ def _measure_share(
     """Decode on with one budget and compare the selections of the steps after the first few."""
     for cache in session.offloaded.values():
         cache.clear()
-        cache.__dict__.pop("choose", None)
+        cache.__dict__.pop("select", None)
     count = max(1, round(share * tokens))
     for cache in session.offloaded.values():
         cache.budgets.fill_(count)
