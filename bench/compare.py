@@ -190,7 +190,7 @@ class Comparison:
             target_overlap=None if target is None else target.overlap,
             target_recall=None if target is None else target.recall,
             pinned_gb=layout.layers * layout.host_bytes / GB if self.device.type == "cuda" else 0.0,
-            graph=session.decoder.captured,
+            graph=session.decoder.graph is not None,
         )
         return times
 

@@ -89,7 +89,7 @@ class DrivenSession(Session):
         for cache in self.offloaded.values():
             cache.__dict__.pop("select", None)
         self.driven = overlap is not None
-        self.decoder.forget_graphs()
+        self.decoder.forget_graph()
         if overlap is None:
             return
         self.step_cosine, self.guess_cosine = self._cosine_for(overlap), self._cosine_for(recall)
@@ -173,7 +173,7 @@ class DrivenSession(Session):
 
     def close(self) -> None:
         """Drop the graph and the caches; the store stays whose it is."""
-        self.decoder.forget_graphs()
+        self.decoder.forget_graph()
         self.caches.clear()
         self.offloaded.clear()
 

@@ -90,8 +90,7 @@ def ignore_stage(stage: str, done: int, total: int) -> None:
 class ContinuousBatch:
     """The places of one session. overlap: decode on while a newcomer prefills, at the pace of pace.py.
 
-    Without a GPU or a CUDA graph the two take turns, chunk by step. Steps beside a prefill do without
-    predictions: they wait for the prefill anyway, and a second selection a layer takes the GPU from it.
+    Without a GPU or a CUDA graph the two take turns, chunk by step.
     """
 
     def __init__(self, session: Session, overlap: bool = True, ahead: int = AHEAD_CHUNKS) -> None:
@@ -116,14 +115,11 @@ class ContinuousBatch:
         self._capture()
 
     def _capture(self) -> None:
-        """Steps of empty places change nothing, and leave the graphs ready for the first newcomer."""
-        decoder = self.session.decoder
+        """Two steps of empty places change nothing, and leave the graph ready for the first newcomer."""
         self.lanes.follow_caller()
         with torch.no_grad(), self.lanes.decoding():
-            for beside in (False, True):
-                self.session.prefetcher.paused = beside
-                while decoder.use_graph and not decoder.captured:
-                    self.session.step(self.token_ids)
+            while self.session.decoder.use_graph and self.session.decoder.graph is None:
+                self.session.step(self.token_ids)
 
     def place_for(self, tokens: int) -> int | None:
         """The smallest empty place that holds a sequence of so many tokens; None when there is none now."""
@@ -185,12 +181,12 @@ class ContinuousBatch:
         if not self.lanes.on_gpu:
             if self._step_due:
                 self.pace.taken += 1
-                self._try(lambda: self.step(beside=True))
+                self._try(self.step)
             return
         while self.pending is not None or self._step_due:
             if self.pending is None:
                 self.pace.taken += 1
-                self._try(lambda: self._launch(beside=True))
+                self._try(self._launch)
             elif self.pending.tokens.here() or self.lanes.ahead() > ahead:
                 self._try(self._collect)
             else:
@@ -229,18 +225,17 @@ class ContinuousBatch:
         run.ids = torch.cat([run.ids, token[:, None]], 1)
         return token
 
-    def step(self, beside: bool = False) -> None:
+    def step(self) -> None:
         """Decode one token in every place that is filled; those that end leave for take_finished()."""
         if self.failure is not None:
             raise self.failure
         if self.pending is None:
-            self._launch(beside)
+            self._launch()
         self._collect()
 
     @torch.no_grad()
-    def _launch(self, beside: bool) -> None:
-        """Give the GPU a step of all that run now; nothing waits for it. beside: a prefill is under way."""
-        self.session.prefetcher.paused = beside
+    def _launch(self) -> None:
+        """Give the GPU a step of all that run now; nothing waits for it."""
         with self.lanes.decoding():
             logits = self.session.step(self.token_ids)  # [B, V]
             if all(run.ids is None for run in self.running.values()):

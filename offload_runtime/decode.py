@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,24 +18,11 @@ from .model_check import first_line
 from .prefetch.scheduler import Prefetcher
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """A captured step and the logits [B, V] that its replays write."""
-
-    graph: torch.cuda.CUDAGraph
-    logits: torch.Tensor
-
-    def replay(self) -> torch.Tensor:
-        self.graph.replay()
-        return self.logits
-
-
 class DecodeLoop:
     """Steps a batch by one token at a time. All state is in the caches and in GPU memory.
 
     The first step runs as it is (kernels compile, the allocator warms up), the
-    second is captured and every later one is a replay of that graph; steps without predictions
-    (Prefetcher.paused) have a graph of their own. A step that is
+    second is captured and every later one is a replay of that graph. A step that is
     audited runs as it is; the graph stays for the others. A model whose step cannot be
     captured runs every step as it is, and says so.
     """
@@ -56,34 +42,33 @@ class DecodeLoop:
         self.token_ids = torch.zeros(batch, 1, dtype=torch.long, device=adapter.device)
         self.fusion = Fusion(adapter, batch)
         self.use_graph = use_graph and adapter.device.type == "cuda"
-        self.graphs: dict[bool, Recorded] = {}  # by whether predictions were paused
+        self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = False
-
-    @property
-    def captured(self) -> bool:
-        """Whether the next step is a replay."""
-        return self.prefetcher.paused in self.graphs
+        self.logits: torch.Tensor | None = None
 
     def step(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Append token_ids [B] and return the next token's logits [B, V] (reused by the next step)."""
         self.token_ids.copy_(token_ids[:, None])
-        if not self.graphs:
+        if self.graph is None:
             self._make_slots()
             _ = self.fusion.for_steps  # before the model's attention is handled and its layers are observed
         if self.audit is not None and self.audit.due():
             with self.audit.watching():
                 return self._forward()
-        if not self.captured and self.use_graph and self.warm:
+        if self.graph is not None:
+            self.graph.replay()
+        elif self.use_graph and self.warm:
             self._capture()
-        if self.captured:
-            return self.graphs[self.prefetcher.paused].replay()
-        self.warm = True
-        with self._experts():
-            return self._forward()
+        else:
+            with self._experts():
+                self.logits = self._forward()
+            self.warm = True
+        assert self.logits is not None
+        return self.logits
 
-    def forget_graphs(self) -> None:
-        """The next step is captured anew: tensors that the graphs used are gone."""
-        self.graphs.clear()
+    def forget_graph(self) -> None:
+        """The next step is captured anew: tensors that the graph used are gone."""
+        self.graph = self.logits = None
 
     def _make_slots(self) -> None:
         """Before the step: within it, another stream would make them from memory that this one takes back."""
@@ -92,27 +77,32 @@ class DecodeLoop:
                 cache.make_slots()
 
     def _capture(self) -> None:
-        """Record a step; nothing of it runs, so caches and lengths stay as they are."""
-        logits: list[torch.Tensor] = []
         try:
             with self._experts():
-                stream = self.prefetcher.capture_stream
-                graph = capture(lambda: logits.append(self._forward()), self.adapter.device, stream)
+                self.graph = capture(self._record, self.adapter.device, self.prefetcher.capture_stream)
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self._do_without_graph(error)
+            self._run_without_graph(error)
             return
-        self.graphs[self.prefetcher.paused] = Recorded(graph, logits[0])
+        self.graph.replay()  # capturing records the step without running it
 
-    def _do_without_graph(self, error: RuntimeError) -> None:
-        """The 20 ms: Llama-3.1-8B's layers take 31 ms step by step and 8 in a graph (H100, measured)."""
+    def _record(self) -> None:
+        self.logits = self._forward()
+
+    def _run_without_graph(self, error: RuntimeError) -> None:
+        """A capture runs nothing, so caches and lengths are as they were.
+
+        The warning's 20 ms: Llama-3.1-8B's layers take 31 ms step by step and 8 in a graph (H100, measured).
+        """
         self.use_graph = False
         warnings.warn(
             f"the decode step of {type(self.adapter.model).__name__} cannot be captured in a CUDA graph "
             f"({first_line(error)}); steps run one by one, some 20 ms slower in a model of 32 layers",
             stacklevel=2,
         )
+        with self._experts():
+            self.logits = self._forward()
 
     def _experts(self) -> AbstractContextManager[None]:
         """On a GPU every step runs as the captured one does."""

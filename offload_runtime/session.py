@@ -207,7 +207,7 @@ class Session:
 
     def _free_slots(self) -> None:
         """Leave the slots' memory to a long prefill; decode makes them, and its graph, anew."""
-        self.decoder.forget_graphs()
+        self.decoder.forget_graph()
         for cache in self.offloaded.values():
             cache.resident.release()
 

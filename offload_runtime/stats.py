@@ -42,8 +42,7 @@ def layer_stats(
         "misses": missed,
         "prefetched": prefetched,
         "bytes": (missed + prefetched) * cache.layout.row_bytes,
-        # A prediction selects as many as the true selection of its step; steps without one do not count.
-        "recall": phase[FROM_PREDICTION] / counters[PREDICTED][SELECTED] if has_prediction else None,
+        "recall": phase[FROM_PREDICTION] / phase[SELECTED] if has_prediction and phase[SELECTED] else None,
     }
 
 
@@ -122,6 +121,6 @@ def call_figures(
         "prefill": {**session.prefill_figures(), "calibration_s": calibration_s},
         **collect(session.caches, prefetcher.predicted_layers, prefetcher.attend_predicted),
         **memory(session.layout, on_gpu, weight_bytes, *peaks),
-        "cuda_graph": session.decoder.captured,
+        "cuda_graph": session.decoder.graph is not None,
         **audit,
     }

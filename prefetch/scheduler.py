@@ -33,9 +33,6 @@ QueryPredictor = Callable[[int, torch.Tensor, dict[str, Any]], tuple[torch.Tenso
 class Prefetcher:
     """Decides for every layer of a decode step what it attends to, and gets it there.
 
-    `paused` leaves predictions out of the steps launched from then on. It changes no bit in mode
-    "correct", where a prediction only moves rows early, and means nothing in mode "predict".
-
     caches: the offloaded layers' by layer index; the other layers keep to themselves.
     predicted_layers: the layers whose selection is predicted; empty in mode "off".
     delay_cycles: GPU cycles that every prediction is held back, for tests of ordering.
@@ -53,7 +50,6 @@ class Prefetcher:
     ) -> None:
         self.caches, self.predict_query = caches, predict_query
         self.predicted_layers, self.attend_predicted = predicted_layers, attend_predicted
-        self.paused = False  # the steps launched now do without predictions
         self.delay_cycles = delay_cycles
         self.work, self.selection = Workspace(layout, device), Selection(layout, device)
         # Double-buffered: layer i+1's prediction is made while layer i's is in use.
@@ -73,7 +69,7 @@ class Prefetcher:
     def before_layer(self, index: int, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
         """Called with layer `index`'s input [B, 1, E]: start the prediction for the layer after it."""
         target = index + 1
-        if not self._predicts(target):
+        if target not in self.predicted_layers:
             return
         kept = self.inputs.keep(target, hidden)
         if self._fetches_late(index):
@@ -93,10 +89,6 @@ class Prefetcher:
             self._delay()
             self._predict(target, hidden, arguments)
             self.chosen[target].record()
-
-    def _predicts(self, index: int) -> bool:
-        """Whether layer `index` has a prediction in this step."""
-        return index in self.predicted_layers and not (self.paused and not self.attend_predicted)
 
     def _fetches_late(self, index: int) -> bool:
         """Whether layer `index` fetches rows when it attends: those must not queue behind rows for later."""
@@ -132,7 +124,7 @@ class Prefetcher:
     def selection_for(self, index: int, query: torch.Tensor, scale: float) -> Selection:
         """What layer `index` attends to, its rows resident. query [B, Hq, D] is the true query."""
         cache = self.caches[index]
-        predicted = self._predicts(index)
+        predicted = index in self.predicted_layers
         if predicted and self.attend_predicted:
             selection = self.predictions[index % 2]
             self._wait(self.done, index)
@@ -141,7 +133,7 @@ class Prefetcher:
             if predicted:
                 self._wait(self.chosen, index)  # both selections read the history and change the slots' maps
             cache.select(query, scale, selection, self.work, TRUE, True)
-            if self._predicts(index + 1):
+            if index + 1 in self.predicted_layers:
                 # Beside each other two selections take 120 us, one after the other 72 each (H100, 262,144
                 # tokens), and this layer waits for its own.
                 self._start(index + 1, *self.waiting)
@@ -149,7 +141,7 @@ class Prefetcher:
             if predicted:
                 self._wait(self.done, index)  # a slot of a wrong prediction may be written a second time
             cache.gather(self.work)
-            if self._predicts(index + 1):
+            if index + 1 in self.predicted_layers:
                 self._after_late_rows(index)
         if predicted:
             self.inputs.release(index)  # the main stream has waited for what read it
