@@ -6,11 +6,12 @@ import torch
 
 from offload_runtime.adapter import AttentionCall, ModelAdapter
 from offload_runtime.calibration_collect import attend
+from offload_runtime.calibration_mass import RECENT, SINKS
 from offload_runtime.kernels.labels import code_width, make_labels_reference, read_labels
 from offload_runtime.kernels.query_labels import query_labels_reference
 from offload_runtime.kernels.scores import label_scores_reference
 
-SINKS, RECENT, SHARE = 16, 64, 16  # the runtime's defaults
+SHARE = 16  # N/16, the runtime's default
 QUERIES = 32  # sampled positions a layer
 POPCOUNT = -1  # in place of bits: signs of both query and key, one scale a head; what popcount compares
 COMBINATIONS = (

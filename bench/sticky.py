@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from offload_runtime.adapter import AttentionCall, ModelAdapter
-from offload_runtime.bench.label_mass import RECENT, SHARE, SINKS
+from offload_runtime.bench.label_mass import SHARE
 from offload_runtime.bench.machine import machine
 from offload_runtime.bench.prediction import run
 from offload_runtime.calibration import Calibration
 from offload_runtime.calibration_collect import group_masses, grouped_products, make_blocks
+from offload_runtime.calibration_mass import RECENT, SINKS
 from offload_runtime.devices import choose_device
 from offload_runtime.evals.cases import Tokens
 from offload_runtime.kernels.history import members_of

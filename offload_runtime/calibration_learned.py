@@ -19,9 +19,9 @@ import torch
 
 from .adapter import AttentionCall, ModelAdapter
 from .calibration_collect import attend, grouped_products
+from .calibration_mass import RECENT, SINKS
 from .errors import UserError
 
-SINKS, RECENT = 16, 64  # the runtime's defaults: attended to anyway
 SHARE = 16  # maps are judged by a selection of N/16, the paper's budget
 # One is judged by. Length matters: R = 16, two layers of tiny-256k, far mass found in 8,192 tokens of
 # another text: 0.76 by the projection, 0.79 after documents of 4,096 tokens, 0.83 after 8,192. So does their

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
+from .config import RuntimeConfig
+
 CONTEXTS = tuple(2**power for power in range(8, 19))  # 256 to 262,144 tokens; a block shows those it reaches
 BUDGETS = tuple(2**power for power in range(19))  # 1 to 262,144 selected tokens
 QUERIES = 4  # a context and block, the last sixteenth before it: within 6% of its length
-SINKS, RECENT = 16, 64  # the runtime's defaults: held anyway, so they are not counted as selected
+SINKS, RECENT = RuntimeConfig.sinks, RuntimeConfig.recent  # held anyway: not counted as selected
 TREND_POINTS = 3  # contexts that a head's growth beyond the longest one is read from
 
 

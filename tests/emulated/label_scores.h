@@ -1,0 +1,50 @@
+// In the place of label_mma.cuh, whose tensor core instructions a CPU has not: the same scores, token by token.
+
+constexpr int ROW_BYTES = CHANNELS * BITS / 8;
+constexpr unsigned ALL = 0xffffffffu;
+constexpr float LOG2E = 1.4426950408889634f;
+
+static unsigned order_key(float score) {
+    int bits = __float_as_int(score);
+    return (unsigned)(bits ^ ((bits >> 31) | 0x80000000));
+}
+
+static float from_half(unsigned bits) {
+    unsigned sign = bits & 0x8000, exponent = bits >> 10 & 31, fraction = bits & 0x3ff;
+    float value = exponent == 31 ? NAN : ldexpf(exponent ? 1024 + fraction : fraction, (exponent ? exponent : 1) - 25);
+    return sign ? -value : value;
+}
+
+struct Batch {
+    const unsigned char* words[STEPS];  // the codes of this lane's token of each step
+    unsigned pair[STEPS];
+};
+
+struct Query {
+    const float *labels, *offsets;
+};
+
+static void load_batch(const unsigned char* codes, const unsigned* scales, int base, int n, int lane, Batch& batch) {
+    for (int step = 0; step < STEPS && base < n; ++step) {
+        int token = min(base + 32 * step + 8 * (lane & 3) + (lane >> 2), n - 1);
+        batch.words[step] = codes + (long long)token * ROW_BYTES, batch.pair[step] = scales[token];
+    }
+}
+
+static void load_query(const float* labels, const float* offsets, int, Query& query) { query = {labels, offsets}; }
+
+static float score_step(const unsigned char* codes, unsigned pair, const Query& query, int) {
+    static_assert(BITS == 4, "of the label formats this one is here");
+    float scale = from_half(pair & 0xffff), offset = from_half(pair >> 16), most = -INFINITY, x[GROUP], sum = 0;
+    for (int head = 0; head < GROUP; ++head) {
+        double dot = 0;
+        for (int r = 0; r < CHANNELS; ++r) {
+            int byte = codes[r % (CHANNELS / 2)], code = r < CHANNELS / 2 ? byte & 15 : byte >> 4;
+            dot += query.labels[head * CHANNELS + r] * (code * scale + offset);
+        }
+        x[head] = (float)(dot - query.offsets[head]) * LOG2E;
+        most = fmaxf(most, x[head]);
+    }
+    for (float value : x) sum += exp2f(value - most);
+    return most + log2f(sum);
+}

@@ -1,0 +1,43 @@
+"""The CUDA C++ sources compile for every GPU that runs them, and spill no registers with the usual labels."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+KERNELS = Path(__file__).parent.parent / "kernels"
+SELECT = ("cluster.cuh", "label_mma.cuh", "cluster_topk.cuh", "select_cluster.cu")
+LABELS = {"CHANNELS": 32, "BITS": 4, "GROUP": 4, "THREADS": 512, "STEPS": 2, "PREFETCH": 1, "RESIDENT": 2}
+WIDE = {"CHANNELS": 128, "BITS": 16, "GROUP": 8, "THREADS": 512, "STEPS": 1, "PREFETCH": 0, "RESIDENT": 1}
+CASES = {
+    "select": (SELECT, LABELS | {"STICKY": 0}),
+    "select sticky": (SELECT, LABELS | {"STICKY": 1}),
+    "select wide labels": (SELECT, WIDE | {"STICKY": 1}),
+    "resolve": (("cluster.cuh", "resolve_cluster.cu"), {"PHASE": 1}),
+    "gather": (("gather_bulk.cu",), {"ROW_BYTES": 512, "GROUP": 16, "STAGES": 4}),
+}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize(("target", "cluster"), [("sm_90", 16), ("sm_90", 8), ("sm_120", 8)])
+@pytest.mark.parametrize("case", CASES)
+def test_source_compiles(case, target, cluster, tmp_path):
+    """cluster: CTAs in a cluster, which the gather has none of."""
+    sources, defines = CASES[case]
+    text = "".join(f"#define {name} {value}\n" for name, value in {**defines, "CLUSTER": cluster}.items())
+    file = tmp_path / "kernel.cu"
+    file.write_text(text + "".join((KERNELS / name).read_text() for name in sources))
+    command = [
+        "nvcc",
+        f"-arch={target}",
+        "-std=c++17",
+        "-cubin",
+        "-Xptxas",
+        "-v",
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run([*command, str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "wide" in case or " 0 bytes spill stores" in done.stderr
