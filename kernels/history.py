@@ -6,7 +6,7 @@ Members are the tokens of the last steps' selections, of as many steps as togeth
 tokens, eight at most: then a resident set of 2 k slots, the default, holds all members and all that is new,
 and no step brings more than new_rows rows. Rows that were selected a few steps ago are often needed again:
 with an eighth of the budget new, SmolLM2-135M's selections hold 0.998 of the mass that exact ones hold, and
-0.994 if only the last one counts (8,192 tokens, bench/results/sticky_*.json).
+0.995 if only the last one counts (8,192 tokens, bench/results/sticky_*.json).
 """
 
 import torch
