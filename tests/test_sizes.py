@@ -1,5 +1,6 @@
 """Memory contracts: nothing S x S in prefill, nothing S x Hq x D in decode, bytes as planned."""
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -48,8 +49,9 @@ def test_decode_makes_nothing_of_size_s_by_heads_by_dim():
     assert seen.elements < TOKENS * model.config.num_attention_heads * model.config.head_dim / 4
 
 
-def test_allocated_bytes_equal_the_layout():
-    runtime = offloaded(random_llama(), budget=24, new_rows=None)
+@pytest.mark.parametrize("new_rows", [None, 3])
+def test_allocated_bytes_equal_the_layout(new_rows):
+    runtime = offloaded(random_llama(), budget=24, new_rows=new_rows)
     runtime.generate(random_ids(300), max_new_tokens=2, do_sample=False)
     session = runtime._session
     layout, cache = session.layout, session.caches[0]
@@ -59,6 +61,7 @@ def test_allocated_bytes_equal_the_layout():
     assert size(cache.labels.codes, cache.labels.scales) == layout.label_bytes
     assert size(resident.slots) == layout.slot_bytes
     assert size(resident.slot_of_token, resident.token_in_slot, resident.stamps) == layout.map_bytes
+    assert (0 if cache.history is None else size(cache.history)) == (layout.history_bytes if new_rows else 0)
     works = [session.prefetcher.work, *session.prefetcher.side_works]
     scratch = size(*(t for work in works for t in vars(work).values()))
     selections = [session.prefetcher.selection, *session.prefetcher.predictions]
