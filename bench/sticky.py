@@ -27,6 +27,7 @@ from offload_runtime.calibration_mass import RECENT, SINKS
 from offload_runtime.devices import choose_device
 from offload_runtime.evals.cases import Tokens
 from offload_runtime.kernels.history import members_of
+from offload_runtime.kernels.sticky import sticky_topk_reference
 from offload_runtime.loading import load_model, load_tokenizer
 
 VARIANTS = ((4, 1), (4, 8), (8, 1), (8, 2), (8, 4), (8, 8), (16, 1), (16, 8), (32, 8))  # (K / C, W)
@@ -63,22 +64,21 @@ def select(
 ) -> tuple[float, float]:
     """Mean mass attended to and new tokens a step; scores and mass [Hkv, P, T], far [P, T]."""
     heads, steps, tokens = scores.shape
-    budget = tokens // SHARE
-    history = torch.zeros(heads, tokens, dtype=torch.uint8, device=scores.device)
+    budget, device = tokens // SHARE, scores.device
+    limit = budget if entering is None else entering  # K new ones are exact selection
+    budgets = torch.full((1, heads), budget, dtype=torch.int32, device=device)
+    length = torch.tensor([tokens], dtype=torch.int32, device=device)
+    selection, counts = torch.empty(1, heads, budget, dtype=torch.int32, device=device), budgets.clone()
+    history = torch.zeros(1, heads, tokens, dtype=torch.uint8, device=device)
     held, new = [], []
     for step in range(steps):
-        order = scores[:, step].masked_fill(~far[step], -1.0).argsort(-1, descending=True)  # [Hkv, T]
-        chosen = torch.zeros(heads, tokens, dtype=torch.bool, device=scores.device)
-        for head in range(heads):
-            ranked = order[head]
-            members = members_of(history[head] & ((1 << window) - 1), budget, entering or 0)
-            if step and entering is not None:
-                member = members[ranked]
-                ranked = ranked[member | ((~member).cumsum(0) <= entering)]
-            chosen[head, ranked[:budget]] = True
-            if step:
-                new.append(float((chosen[head] & ~members).sum()))
-        history = (history << 1) | chosen
+        history &= (1 << window) - 1
+        members = torch.stack([members_of(past, budget, limit) for past in history[0]])  # [Hkv, T]
+        ranked = scores[None, :, step].masked_fill(~far[step], -1.0)  # [1, Hkv, T]
+        sticky_topk_reference(ranked, budgets, limit, length, 0, 0, history, True, selection, counts)
+        chosen = history[0] & 1 != 0  # [Hkv, T]
+        if step:
+            new.append(float((chosen & ~members).sum()) / heads)
         held.append(float((mass[:, step] * (chosen | ~far[step])).sum(-1).mean()))
     return fmean(held), fmean(new)
 

@@ -72,6 +72,24 @@ __device__ int age_of(Stamp stamp, int now, int attended) {
     return stamp.attended < 0 ? AGES : min(now - stamp.attended, AGES);
 }
 
+// A lane's EACH entries of the selection from `first` on, 32 apart: tokens, and their slots or -1.
+__device__ void look_up(const int* tokens, const int* slot_of_token, int first, int end, int* token, int* slot) {
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) token[j] = first + 32 * j < end ? tokens[first + 32 * j] : -1;
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) slot[j] = token[j] < 0 ? NO_ENTRY : slot_of_token[token[j]];
+}
+
+// The ages of a lane's EACH slots from the `first` after `start` on, 32 apart.
+__device__ void load_ages(
+    const Stamp* stamps, int start, int n_slots, int first, int end, int now, int attended, int* age) {
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+        int i = first + 32 * j;
+        age[j] = i < end ? age_of(load_stamp(stamps + in_ring(start + i, n_slots)), now, attended) : 0;
+    }
+}
+
 // The most steps, kept_steps at most, whose rows can stay when `misses` slots are taken. Ends with a cluster barrier.
 __device__ int steps_to_keep(int older, int kept_steps, int misses, Shared& shared) {
     int lane = threadIdx.x & 31, total = 0;
@@ -101,11 +119,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     Segment mine = segment_of(count, rank);
     int missed = 0, predicted = 0;
     for (int first = mine.from + lane; first - lane < mine.to; first += 32 * EACH) {
-        int slot[EACH], last[EACH];
-#pragma unroll
-        for (int j = 0; j < EACH; ++j) slot[j] = first + 32 * j < mine.to ? tokens[first + 32 * j] : -1;
-#pragma unroll
-        for (int j = 0; j < EACH; ++j) slot[j] = slot[j] < 0 ? NO_ENTRY : slot_of_token[slot[j]];
+        int token[EACH], slot[EACH], last[EACH];
+        look_up(tokens, slot_of_token, first, mine.to, token, slot);
 #pragma unroll
         for (int j = 0; j < EACH; ++j) last[j] = PHASE == 1 && is_slot(slot[j]) ? stamps[slot[j]].predicted : -1;
 #pragma unroll
@@ -127,10 +142,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     }
     for (int first = mine.from + lane; first - lane < mine.to && misses; first += 32 * EACH) {
         int token[EACH], slot[EACH];
-#pragma unroll
-        for (int j = 0; j < EACH; ++j) token[j] = first + 32 * j < mine.to ? tokens[first + 32 * j] : -1;
-#pragma unroll
-        for (int j = 0; j < EACH; ++j) slot[j] = token[j] < 0 ? NO_ENTRY : slot_of_token[token[j]];
+        look_up(tokens, slot_of_token, first, mine.to, token, slot);
 #pragma unroll
         for (int j = 0; j < EACH; ++j) {
             unsigned all = __ballot_sync(ALL, slot[j] < 0);
@@ -143,11 +155,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     int older = 0;  // lane i: this warp's free slots whose rows no step attended to in the last i
     for (int first = mine.from + lane; first - lane < mine.to; first += 32 * EACH) {
         int age[EACH];
-#pragma unroll
-        for (int j = 0; j < EACH; ++j) {
-            int i = first + 32 * j;
-            age[j] = i < mine.to ? age_of(load_stamp(stamps + in_ring(start + i, n_slots)), now, attended) : 0;
-        }
+        load_ages(stamps, start, n_slots, first, mine.to, now, attended, age);
         for (int steps = 0; steps <= kept_steps; ++steps) {
 #pragma unroll
             for (int j = 0; j < EACH; ++j) {
@@ -159,15 +167,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     int steps = kept_steps && misses ? steps_to_keep(older, kept_steps, misses, shared) : 0, all_free;
     place = place_of_warp(__shfl_sync(ALL, older, steps), rank, shared, &shared.cta_free, all_free);
     for (int first = mine.from + lane; first - lane < mine.to && place < misses; first += 32 * EACH) {
-        int given[EACH], token[EACH], evicted[EACH];  // given: the miss that a slot is for, -1 none
+        int age[EACH], given[EACH], token[EACH], evicted[EACH];  // given: the miss that a slot is for, -1 none
+        load_ages(stamps, start, n_slots, first, mine.to, now, attended, age);
 #pragma unroll
         for (int j = 0; j < EACH; ++j) {
-            int i = first + 32 * j;
-            given[j] = i < mine.to ? age_of(load_stamp(stamps + in_ring(start + i, n_slots)), now, attended) : 0;
-        }
-#pragma unroll
-        for (int j = 0; j < EACH; ++j) {
-            bool is_free = given[j] > steps;
+            bool is_free = age[j] > steps;
             unsigned all = __ballot_sync(ALL, is_free);
             given[j] = is_free ? place + __popc(all & before) : misses;
             given[j] = given[j] < misses ? given[j] : -1;

@@ -4,7 +4,7 @@
 //   1. score: tensor cores multiply label codes by the group's query labels; the log-sum-exp over
 //      the group becomes a uint32 key of the same order, and is counted in a histogram of scores;
 //   2. choose (cluster_topk.cuh): the histogram over the cluster finds the cut to within a few tokens, which
-//      all CTAs then rank; a sticky selection does so twice, first among the tokens outside of the last one;
+//      all CTAs then rank; a sticky selection does so twice, first among the tokens that are no members;
 //   3. write: a prefix over CTAs and warps gives every chosen token its place, in token order.
 // A sticky selection reads its members from a byte a token with the steps that selected it, and writes those on.
 // Scores are in units of log 2 and differ from label_scores_reference by rounding only.
@@ -43,7 +43,7 @@ __device__ void score_tokens(
     }
 }
 
-// Zero the counts, and open a cluster barrier: no CTA may write another's before all are zero.
+// Zero the counts. No CTA may write another's before a cluster barrier.
 __device__ void clear_counts(Shared& shared) {
     for (int i = threadIdx.x; i < BINS; i += THREADS) shared.histogram[i] = 0;
     for (int i = threadIdx.x; i < SLICE; i += THREADS) shared.slice_total[0][i] = 0;

@@ -7,97 +7,29 @@ where they differ, the scores may differ by no more than 1e-3 of the scores' spr
 import pytest
 import torch
 
-from offload_runtime.kernels.history import empty_history, members_of
-from offload_runtime.kernels.labels import quantise
-from offload_runtime.kernels.scores import label_scores_reference
 from offload_runtime.kernels.select_cluster import (
     cluster_select_available,
     dynamic_bytes,
     select_by_labels_cluster,
 )
-from offload_runtime.kernels.sticky import sticky_topk_reference
 from offload_runtime.kernels.topk import select_topk_reference
 
 from .hopper import needs_hopper as needs_clusters
-
-SINKS, RECENT = 4, 64
-
-
-class Problem:
-    """Random labels and queries on the GPU; label cache entries past the lengths are NaN or 255.
-
-    budgets: of each sequence a number, or a list with a number for each KV head.
-    """
-
-    def __init__(self, lengths, capacity, budgets, kv_heads=2, group=4, channels=32, bits=4, seed=0):
-        generator = torch.Generator("cuda").manual_seed(seed)
-
-        def normal(*shape):
-            return torch.randn(*shape, generator=generator, device="cuda")
-
-        batch = len(lengths)
-        self.query_labels = normal(batch, kv_heads * group, channels) * 0.3
-        self.offsets = normal(batch, kv_heads * group) * 2 + 10
-        labels = normal(batch, kv_heads, capacity, channels) * 2 + normal(channels)
-        scales = torch.full((batch, kv_heads, capacity, 2), float("nan"), device="cuda").half()
-        codes = labels.half()
-        if bits != 16:
-            codes, scales = quantise(labels, bits)
-        for b, length in enumerate(lengths):
-            codes[b, :, length:] = float("nan") if bits == 16 else 255
-            scales[b, :, length:] = float("nan")
-        self.codes, self.scales, self.bits = codes.contiguous(), scales.contiguous(), bits
-        self.lengths = torch.tensor(lengths, dtype=torch.int32, device="cuda")
-        per_head = torch.tensor(budgets, dtype=torch.int32, device="cuda").view(batch, -1)
-        self.budgets = per_head.expand(-1, kv_heads).contiguous()  # [B, Hkv]
-        self.shape = (batch, kv_heads, capacity)
-        self.k_max = int(self.budgets.max())
-
-    def empty_selection(self):
-        batch, kv_heads, _ = self.shape
-        tokens = torch.full((batch, kv_heads, self.k_max), -1, dtype=torch.int32, device="cuda")
-        return tokens, torch.zeros(batch, kv_heads, dtype=torch.int32, device="cuda")
-
-    def scores(self):
-        scores = torch.empty(self.shape, device="cuda")
-        label_scores_reference(
-            self.query_labels, self.offsets, self.codes, self.scales, self.bits, self.lengths,
-            SINKS, RECENT, scores,
-        )  # fmt: skip
-        return scores
-
-    def empty_history(self):
-        return empty_history(*self.shape, "cuda")
-
-    def run(self, tokens, counts, history=None, new_rows=0, attended=True):
-        select_by_labels_cluster(
-            self.query_labels, self.offsets, self.codes, self.scales, self.bits, self.budgets, self.lengths,
-            SINKS, RECENT, tokens, counts, history, new_rows, attended,
-        )  # fmt: skip
+from .selection_problem import RECENT, SINKS, Problem, check, check_sticky_steps
 
 
-def check(tokens, counts, expected_tokens, expected_counts, scores):
-    """Counts and order exactly; the two selections only differ in tokens of nearly equal score."""
-    assert torch.equal(counts, expected_counts)
-    for b, per_head in enumerate(counts.tolist()):
-        for h, count in enumerate(per_head):
-            got, want = tokens[b, h, :count].long(), expected_tokens[b, h, :count].long()
-            assert (tokens[b, h, count:] == -1).all()
-            assert (got[1:] > got[:-1]).all()
-            if count == 0:
-                continue
-            selectable = scores[b, h][scores[b, h].isfinite()]
-            assert scores[b, h, got].isfinite().all(), "a token outside the selectable span"
-            ours, theirs = scores[b, h, got].sort().values, scores[b, h, want].sort().values
-            spread = (selectable.max() - selectable.min()).item()
-            assert (ours - theirs).abs().max().item() <= 1e-3 * spread
+def select(problem, tokens, counts, history=None, new_rows=0, attended=True):
+    select_by_labels_cluster(
+        problem.query_labels, problem.offsets, problem.codes, problem.scales, problem.bits,
+        problem.budgets, problem.lengths, SINKS, RECENT, tokens, counts, history, new_rows, attended,
+    )  # fmt: skip
 
 
 def compare(problem):
     tokens, counts = problem.empty_selection()
     tokens.fill_(12345)
     counts.fill_(12345)
-    problem.run(tokens, counts)
+    select(problem, tokens, counts)
     expected, expected_counts = problem.empty_selection()
     scores = problem.scores()
     select_topk_reference(scores, problem.budgets, problem.lengths, SINKS, RECENT, expected, expected_counts)
@@ -158,7 +90,7 @@ def test_equal_scores_go_to_the_earliest():
     problem = Problem([20000], 20000, [1500])
     problem.query_labels.zero_()
     tokens, counts = problem.empty_selection()
-    problem.run(tokens, counts)
+    select(problem, tokens, counts)
     first = torch.arange(SINKS, SINKS + 1500, dtype=torch.int32, device="cuda")
     assert (tokens == first).all()
 
@@ -168,10 +100,10 @@ def test_equal_scores_go_to_the_earliest():
 def test_same_bits_every_time():
     problem = Problem([131072], 131072, [8192], kv_heads=8)
     first, counts = problem.empty_selection()
-    problem.run(first, counts)
+    select(problem, first, counts)
     for _ in range(10):
         tokens, counts = problem.empty_selection()
-        problem.run(tokens, counts)
+        select(problem, tokens, counts)
         assert torch.equal(tokens, first)
 
 
@@ -179,30 +111,14 @@ def test_same_bits_every_time():
 @needs_clusters
 @pytest.mark.parametrize("new_rows", [0, 100, 5000])
 def test_sticky_selection(new_rows):
-    """Each step's selection from the same history as the reference's, and the history it leaves."""
     problem = Problem([65536, 3000], 65536, [4096, 256])
-    tokens, counts = problem.empty_selection()
-    history = problem.empty_history()
-    for step in range(11):
-        problem.query_labels += torch.randn_like(problem.query_labels) * 0.1
-        expected, expected_counts = problem.empty_selection()
-        before, scores = history.clone(), problem.scores()
-        problem.run(tokens, counts, history, new_rows, attended=False)
-        assert torch.equal(history, before)
-        problem.run(tokens, counts, history, new_rows)
-        sticky_topk_reference(
-            scores, problem.budgets, new_rows, problem.lengths, SINKS, RECENT,
-            before.clone(), True, expected, expected_counts,
-        )  # fmt: skip
-        check(tokens, counts, expected, expected_counts, scores)
-        chosen = torch.zeros(history.shape, dtype=torch.int32, device="cuda")  # entry i is token SINKS + i
-        chosen.scatter_add_(2, (tokens.long() - SINKS).clamp_min(0), (tokens >= 0).int())
-        assert torch.equal(history.int(), (before.int() << 1 & 255) | chosen)
-        if step:
-            for b in range(2):
-                for h in range(2):
-                    members = members_of(before[b, h], int(counts[b, h]), new_rows)
-                    assert int(((chosen[b, h] > 0) & ~members).sum()) <= new_rows
+
+    def run(history, new_rows, attended, _step):
+        selection = problem.empty_selection()
+        select(problem, *selection, history, new_rows, attended)
+        return selection
+
+    check_sticky_steps(problem, run, new_rows, 11)
 
 
 @pytest.mark.gpu
@@ -213,7 +129,7 @@ def test_a_history_of_selections_that_take_all():
     tokens, counts = problem.empty_selection()
     history = problem.empty_history()
     for _ in range(2):
-        problem.run(tokens, counts, history, 5)
+        select(problem, tokens, counts, history, 5)
     for b, (length, bits) in enumerate(((101, 3), (77, 3), (90, 0))):
         entries = max(length - RECENT - SINKS, 0)
         assert (history[b, :, :entries] == bits).all()
@@ -225,11 +141,11 @@ def test_a_history_of_selections_that_take_all():
 def test_replays_in_a_cuda_graph_with_new_lengths():
     problem = Problem([65536], 65536, [2048], kv_heads=8)
     tokens, counts = problem.empty_selection()
-    problem.run(tokens, counts)  # compiles
+    select(problem, tokens, counts)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        problem.run(tokens, counts)
+        select(problem, tokens, counts)
     for length in (60000, 3000, 70, 5):
         problem.lengths.fill_(length)
         graph.replay()

@@ -103,17 +103,25 @@ def test_reference_keeps_its_promises():
     assert torch.equal(loose, exact)
 
 
-def test_a_token_of_some_steps_ago_comes_back_though_nothing_new_may_enter(device):
+@pytest.mark.parametrize("run", [sticky_topk_reference, sticky_topk_triton])
+def test_a_token_of_some_steps_ago_comes_back_though_nothing_new_may_enter(run, device):
     """Scores swing between two sets of tokens: with both remembered, each step selects the better one."""
     low, high = torch.zeros(1, 1, 200), torch.zeros(1, 1, 200)
     low[..., 20:50], high[..., 120:150] = 5.0, 5.0
-    scores, lengths = [low, high, low, low, high], [[200]] * 5
-    wide = compare(scores, [30], 0, lengths, 30, device)
-    assert wide[0][0][0, 0].tolist() == list(range(20, 50))  # the first is exact
-    assert wide[1][0][0, 0].tolist() == list(range(20, 50))  # nothing new may enter
-    scores = [low, high, low, high, low, low, low, high]
-    entering = compare(scores[:2], [30], 30, lengths[:2], 30, device)
-    assert entering[1][0][0, 0].tolist() == list(range(120, 150))
+    history = empty_history(1, 1, 200, device)
+    fixed = (torch.tensor([200], dtype=torch.int32, device=device), SINKS, RECENT, history, True)
+    budgets = torch.tensor([[30]], dtype=torch.int32, device=device)
+
+    def step(scores, new_rows):
+        tokens = torch.full((1, 1, 30), -1, dtype=torch.int32, device=device)
+        counts = torch.zeros(1, 1, dtype=torch.int32, device=device)
+        run(scores.to(device), budgets, new_rows, *fixed, tokens, counts)
+        return tokens[0, 0].tolist()
+
+    assert step(low, 0) == list(range(20, 50))  # the first is exact
+    assert step(high, 30) == list(range(120, 150))
+    assert step(low, 0) == list(range(20, 50))
+    assert step(high, 0) == list(range(120, 150))
 
 
 def test_the_history_holds_eight_steps(device):

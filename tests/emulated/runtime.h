@@ -85,9 +85,6 @@ static void wait_for(const Meeting& meeting, unsigned generation) {
 
 static Cta& my_cta() { return cluster->ctas[self->cta]; }
 
-struct ThreadIndex {
-    operator Index() const { return {self->thread, 0, 0}; }
-};
 #define threadIdx (Index{self->thread, 0, 0})
 #define blockIdx (cluster->block)
 
