@@ -69,7 +69,7 @@ class Work:
 
     def __init__(self, tokens: Tokens, text: str, options: argparse.Namespace) -> None:
         self.tokens, self.text, self.options = tokens, text, options
-        self.main, *self.others = [label_of(word, options.new_rows)[0] for word in options.labels]
+        self.main, *self.others = [label_of(word, options)[0] for word in options.labels]
         self.longest = max(options.ctx)
 
     def jobs(self) -> Iterator[Job]:
@@ -131,11 +131,12 @@ class Work:
         return Job("bits", group, (*([DENSE] if label == self.main else []), *settings), scored, {})
 
 
-def label_of(word: str, new_rows: str) -> tuple[Setting, Path | None]:
+def label_of(word: str, options: argparse.Namespace) -> tuple[Setting, Path | None]:
     """ "16x4" or "16x4:FILE" as a setting and the calibration file that has so many channels."""
     kind, _, file = word.partition(":")
     channels, bit_count = kind.split("x")
-    setting = Setting(BUDGETS[0], int(channels), int(bit_count), new_rows=new_rows)
+    how = {"prefetch": options.prefetch, "new_rows": options.new_rows}
+    setting = Setting(BUDGETS[0], int(channels), int(bit_count), **how)
     return setting, Path(file) if file else None
 
 
@@ -159,7 +160,7 @@ def run_all(options: argparse.Namespace, known: Results, failures: list[str]) ->
     work, name = Work(Tokens(base.tokenizer), text, options), Path(options.model).name
     calibrations = {
         label_kind(setting): calibration_for(base, file, setting)
-        for setting, file in (label_of(word, options.new_rows) for word in options.labels)
+        for setting, file in (label_of(word, options) for word in options.labels)
     }
     open_now: dict[Any, SharedPrefill] = {}
     for job in work.jobs():
@@ -213,6 +214,7 @@ def main() -> None:
     parser.add_argument(
         "--new-rows", default="auto", help="none selects exactly, as the committed results did"
     )
+    parser.add_argument("--prefetch", default="correct")
     parser.add_argument("--ctx", nargs="+", type=int, default=[8192, 16384, 32768, 65536, 131072, 262144])
     parser.add_argument("--bit-ctx", nargs="+", type=int, default=[65536, 131072, 262144])
     parser.add_argument("--documents", type=int, default=8, help="of the longest context, 8 questions each")
