@@ -99,9 +99,11 @@ class DrivenSession(Session):
     def _drive_cache(self, index: int, cache: LayerCache) -> None:
         plain = cache.select
 
-        def select(_: torch.Tensor, scale: float, selection: Any, work: Any, phase: int) -> None:
+        def select(
+            _: torch.Tensor, scale: float, selection: Any, work: Any, phase: int, attended: bool
+        ) -> None:
             query = self.guesses[index] if phase == PREDICTED else self.queries[index]
-            plain(query, scale, selection, work, phase)
+            plain(query, scale, selection, work, phase, attended)
 
         cache.select = select  # type: ignore[method-assign, assignment]
 
@@ -122,7 +124,7 @@ class DrivenSession(Session):
         """Which tokens of layer 0 a query [B, Hq, D] selects: [B, Hkv, N] bool."""
         cache, selection = self.offloaded[0], self.prefetcher.selection
         history, cache.history = cache.history, None  # sticky selection aside
-        cache.select(query, self.layout.head_dim**-0.5, selection, self.prefetcher.work, TRUE)
+        cache.select(query, self.layout.head_dim**-0.5, selection, self.prefetcher.work, TRUE, True)
         cache.history = history
         chosen = torch.zeros_like(cache.resident.slot_of_token, dtype=torch.bool)
         count = int(selection.counts.min())  # the same for all: lengths and budgets are
@@ -159,9 +161,9 @@ class DrivenSession(Session):
         counters = torch.stack([cache.counters.sum(0) for cache in self.offloaded.values()])  # [L, 2, 3]
         fetched = int((counters[:, :, SELECTED] - counters[:, :, HITS]).sum())
         late = counters[:, TRUE]
-        early = counters[:, PREDICTED, SELECTED]
-        attended = torch.maximum(early, late[:, SELECTED])  # in either phase the same number, or none
-        corrected = (early > 0) & (late[:, SELECTED] > 0)
+        predicted_only = late[:, SELECTED] == 0  # mode "predict": these layers attend to the prediction
+        attended = torch.where(predicted_only, counters[:, PREDICTED, SELECTED], late[:, SELECTED])
+        corrected = (counters[:, PREDICTED, SELECTED] > 0) & ~predicted_only
         return {
             "selected": int(attended.sum()),
             "fetched": fetched,

@@ -97,10 +97,12 @@ class LayerCache:
         selection: Selection,
         work: Workspace,
         phase: int,
+        attended: bool,
     ) -> None:
         """Select each KV head's tokens for query [B, Hq, D] by label score.
 
-        A true selection is what the next sticky ones start from; a prediction leaves no trace in the history.
+        attended: the step attends to this selection, which the next sticky ones then start from; else it
+        only moves rows early.
         """
         state, resident, maps, cache = self.state, self.resident, self.maps, self.labels
         fixed = (resident.sinks, resident.recent)
@@ -120,13 +122,13 @@ class LayerCache:
             limits = (self.budgets, state.lengths, *fixed)
             new_rows = self.new_rows or 0
             select_by_labels_cluster(
-                *label_arguments, *limits, *chosen, self.history, new_rows, phase == TRUE
+                *label_arguments, *limits, *chosen, history=self.history, new_rows=new_rows, attended=attended
             )
         else:
             label_scores(*label_arguments, state.lengths, *fixed, work.scores)
-            self._top_k(selection, work, phase == TRUE)
+            self._top_k(selection, work, attended)
 
-    def _top_k(self, selection: Selection, work: Workspace, remember: bool) -> None:
+    def _top_k(self, selection: Selection, work: Workspace, attended: bool) -> None:
         """The best-scored tokens, or with a history the sticky ones."""
         state, fixed = self.state, (self.resident.sinks, self.resident.recent)
         chosen = (selection.tokens, selection.counts)
@@ -135,17 +137,17 @@ class LayerCache:
             return
         new_rows = self.new_rows or 0
         sticky_topk(
-            work.scores, self.budgets, new_rows, state.lengths, *fixed, self.history, remember, *chosen
+            work.scores, self.budgets, new_rows, state.lengths, *fixed, self.history, attended, *chosen
         )
 
-    def give_slots(self, selection: Selection, work: Workspace, phase: int) -> None:
+    def give_slots(self, selection: Selection, work: Workspace, phase: int, attended: bool) -> None:
         """See that each selected token has a slot, and list those whose rows have to be gathered."""
         resident = self.resident
         chosen = (selection.tokens, selection.counts)
         slot_maps = (resident.slot_of_token, resident.token_in_slot, resident.stamps, resident.hand)
         misses = (work.miss_tokens, work.miss_slots, work.miss_counts, self.counters)
         kept_steps = 0 if self.history is None else REMEMBERED
-        resolve(*chosen, *slot_maps, self.state.step, phase, phase == TRUE, kept_steps, *misses)
+        resolve(*chosen, *slot_maps, self.state.step, phase, attended, kept_steps, *misses)
 
     def gather(self, work: Workspace) -> None:
         """Bring the rows that give_slots() listed from host memory into their slots."""

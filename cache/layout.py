@@ -97,19 +97,10 @@ class KVLayout:
 
     @property
     def workspace_bytes(self) -> int:
-        """GPU bytes shared by all layers: three workspaces and three selections."""
-        return 3 * (self.lists_bytes + self.selection_bytes)
-
-    @property
-    def follower_bytes(self) -> int:
-        """GPU bytes of prefetch/follower.py: two workspaces and a selection."""
-        return 2 * self.lists_bytes + self.selection_bytes
-
-    @property
-    def lists_bytes(self) -> int:
-        """GPU bytes of one workspace: scores and miss lists."""
+        """GPU bytes shared by all layers: three workspaces (scores, miss lists) and three selections."""
         miss_lists = self.heads * (2 * self.budget + 1) * INT32_BYTES
-        return self.heads * self.capacity * SCORE_BYTES + miss_lists
+        scores = self.heads * self.capacity * SCORE_BYTES
+        return 3 * (scores + miss_lists + self.selection_bytes)
 
     @property
     def selection_bytes(self) -> int:

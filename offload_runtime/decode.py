@@ -121,7 +121,6 @@ class DecodeLoop:
                 use_cache=False,
                 logits_to_keep=1,
             ).logits
-        self.prefetcher.finish_step()
         return logits[:, -1]
 
     def _handler(self, index: int) -> Callable[[AttentionCall], torch.Tensor]:
@@ -134,7 +133,6 @@ class DecodeLoop:
             else:
                 selection = self.prefetcher.selection_for(index, query, call.scale)
                 out = cache.attend(query, selection, call.scale, call.softcap, call.sink_logits)
-                self.prefetcher.after_attention(index, query, call.scale)
                 if self.audit is not None and self.audit.active:
                     self.audit.look(index, query, selection, call, out)
             return out[:, None]  # [B, 1, Hq, D]

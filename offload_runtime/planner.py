@@ -268,13 +268,10 @@ def needs_for(
 
 
 def workspace_bytes(shape: ModelShape, layout: KVLayout, config: RuntimeConfig) -> int:
-    """Decode scratch: what the layers share, one step's logits, and of sticky selection each layer's last
-    selections and what the follower of mode "predict" has."""
+    """Decode scratch: what the layers share, one step's logits, a layer's last selections if sticky."""
     logits = 3 * layout.batch * shape.vocab * 4  # float32: logits, processed scores, probabilities
-    if config.entering(layout.budget) is None:
-        return layout.workspace_bytes + logits
-    follower = layout.follower_bytes if config.prefetch == "predict" else 0
-    return layout.workspace_bytes + layout.layers * layout.history_bytes + follower + logits
+    sticky = 0 if config.entering(layout.budget) is None else layout.layers * layout.history_bytes
+    return layout.workspace_bytes + sticky + logits
 
 
 def require(plan: Plan) -> None:

@@ -21,9 +21,9 @@ def layer_stats(
     """Row counts of one layer since its caches were cleared; of one sequence if `place` names it.
 
     budgets: K of each sequence and KV head; selected: rows attended to besides sinks
-    and recent ones; hits: those that were on the GPU when attention wanted them (or when the prediction
-    did that it attends to); misses: those fetched for the true selection, then and there or for
-    the next step (prefetch/follower.py); prefetched: rows fetched on a prediction; recall: the part of the true selection that this step's prediction had selected
+    and recent ones; hits: those that were on the GPU when attention wanted them;
+    misses: those fetched then and there; prefetched: rows fetched on a prediction;
+    recall: the part of the true selection that this step's prediction had selected
     too (None without one).
     A sliding layer selects and moves nothing.
     """
@@ -34,8 +34,7 @@ def layer_stats(
     phase = counters[PREDICTED] if attends_predicted else counters[TRUE]
     prefetched = counters[PREDICTED][SELECTED] - counters[PREDICTED][HITS]
     missed = counters[TRUE][SELECTED] - counters[TRUE][HITS]
-    true = counters[TRUE]
-    compared = counters[PREDICTED][SELECTED] > 0 and true[SELECTED] > 0
+    has_prediction = counters[PREDICTED][SELECTED] > 0 and not attends_predicted
     return {
         "budgets": (cache.budgets if place is None else cache.budgets[place, None]).tolist(),
         "selected": phase[SELECTED],
@@ -43,7 +42,7 @@ def layer_stats(
         "misses": missed,
         "prefetched": prefetched,
         "bytes": (missed + prefetched) * cache.layout.row_bytes,
-        "recall": true[FROM_PREDICTION] / true[SELECTED] if compared else None,
+        "recall": phase[FROM_PREDICTION] / phase[SELECTED] if has_prediction and phase[SELECTED] else None,
     }
 
 

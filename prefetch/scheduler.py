@@ -7,7 +7,7 @@ layer i+1 makes the true selection beside that gather, waits for it and fetches 
 prediction missed. What layer i waits for comes first: the prediction begins when its own selection
 is made, and its late rows go over the link before those for layer i+1.
 In mode "predict" (the paper's DS-Offload) layer i+1 waits for the gather and attends to
-the predicted selection as it is; with sticky selection its true query selects for the next step (follower.py).
+the predicted selection as it is.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,6 @@ import torch
 from ..cache.layer_cache import PREDICTED, TRUE, LayerCache
 from ..cache.layout import KVLayout
 from ..cache.selection import Selection, Workspace
-from .follower import Follower
 from .kept_inputs import KeptInputs
 
 URGENT = -1  # stream priority; torch's default is 0, the lowest
@@ -66,15 +65,6 @@ class Prefetcher:
             # beside a prefill gets the next free SM, not the one after all of the prefill's blocks.
             self.side_stream, self.copy_stream = (torch.cuda.Stream(device, priority=AHEAD) for _ in range(2))
             self.capture_stream = torch.cuda.Stream(device, priority=URGENT)
-        self.follower = self._make_follower(layout, device) if attend_predicted else None
-
-    def _make_follower(self, layout: KVLayout, device: torch.device) -> Follower | None:
-        """None without sticky selection, or with no layer that is predicted."""
-        caches = {index: self.caches[index] for index in self.predicted_layers}
-        if not caches or any(cache.history is None for cache in caches.values()):
-            return None
-        streams = (self.side_stream, self.copy_stream) if self.on_gpu else (None, None)
-        return Follower(layout, caches, device, *streams, self.delay_cycles)
 
     def before_layer(self, index: int, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
         """Called with layer `index`'s input [B, 1, E]: start the prediction for the layer after it."""
@@ -128,8 +118,8 @@ class Prefetcher:
             self.predictions[target % 2],
             self.side_works[target % 2],
         )
-        cache.select(query, scale, prediction, work, PREDICTED)
-        cache.give_slots(prediction, work, PREDICTED)
+        cache.select(query, scale, prediction, work, PREDICTED, self.attend_predicted)
+        cache.give_slots(prediction, work, PREDICTED, self.attend_predicted)
 
     def selection_for(self, index: int, query: torch.Tensor, scale: float) -> Selection:
         """What layer `index` attends to, its rows resident. query [B, Hq, D] is the true query."""
@@ -142,12 +132,12 @@ class Prefetcher:
             selection = self.selection
             if predicted:
                 self._wait(self.chosen, index)  # both selections read the history and change the slots' maps
-            cache.select(query, scale, selection, self.work, TRUE)
+            cache.select(query, scale, selection, self.work, TRUE, True)
             if index + 1 in self.predicted_layers:
                 # Beside each other two selections take 120 us, one after the other 72 each (H100, 262,144
                 # tokens), and this layer waits for its own.
                 self._start(index + 1, *self.waiting)
-            cache.give_slots(selection, self.work, TRUE)
+            cache.give_slots(selection, self.work, TRUE, True)
             if predicted:
                 self._wait(self.done, index)  # a slot of a wrong prediction may be written a second time
             cache.gather(self.work)
@@ -156,16 +146,6 @@ class Prefetcher:
         if predicted:
             self.inputs.release(index)  # the main stream has waited for what read it
         return selection
-
-    def after_attention(self, index: int, query: torch.Tensor, scale: float) -> None:
-        """Called when layer `index` has attended; query [B, Hq, D] is the true one."""
-        if self.follower is not None and index in self.predicted_layers:
-            self.follower.follow(index, query, scale)
-
-    def finish_step(self) -> None:
-        """Called after the last layer: what went on beside the layers ends with the step."""
-        if self.follower is not None:
-            self.follower.finish()
 
     def _wait(self, events: dict[int, torch.cuda.Event], index: int) -> None:
         """Order the main stream after an event of layer `index`."""
