@@ -16,11 +16,12 @@ constexpr int AGES = 9;  // kept_steps + 1 at most
 // Entries a lane looks up at once: what is looked up depends on what was, and one at a time a selection of 16,384
 // took 73 us (H100), most of it waiting.
 constexpr int EACH = 4;
+constexpr int KEPT_AGES = 16;  // of a lane's slots, as many as 64 bits hold
 constexpr int NO_ENTRY = 0x7fffffff;  // in the place of a slot
 
 struct Shared {
-    int warp_count[WARPS];
-    int cta_misses, cta_free, older[AGES];  // read by the other CTAs; older: free slots of more than i steps
+    int warp_misses[WARPS], warp_older[WARPS][AGES];
+    int cta_misses, cta_older[AGES];  // read by the other CTAs; older: free slots of more than i steps
 };
 
 // The consecutive entries of a list of n that this warp takes: a whole number of 32 each, in CTA and warp order.
@@ -34,21 +35,49 @@ __device__ Segment segment_of(int n, unsigned rank) {
     return {from, min(from + share, n)};
 }
 
-// Entries counted before this warp's, given its own count (the same in every lane), and the cluster's total.
-// Ends with a cluster barrier, so what was written before it can be read after it.
-__device__ int place_of_warp(int count, unsigned rank, Shared& shared, int* cta_count, int& total) {
+// The misses counted before this warp's, given its own (the same in every lane), and the cluster's total.
+// What was written before it can be read after it by every CTA.
+__device__ int place_of_misses(int count, unsigned rank, Shared& shared, int& total) {
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    if (lane == 0) shared.warp_count[warp] = count;
+    if (lane == 0) shared.warp_misses[warp] = count;
     __syncthreads();
-    int counted = lane < WARPS ? shared.warp_count[lane] : 0;
+    int counted = lane < WARPS ? shared.warp_misses[lane] : 0;
     if (warp == 0) {
         int sum = __reduce_add_sync(ALL, counted);
-        if (lane == 0) *cta_count = sum;
+        if (lane == 0) shared.cta_misses = sum;
     }
-    cluster_sync();
-    int of_cta = lane < CLUSTER ? (int)remote_load(cta_count, lane) : 0;
+    cluster_publish();
+    cluster_wait();
+    int of_cta = lane < CLUSTER ? (int)remote_load(&shared.cta_misses, lane) : 0;
     total = __reduce_add_sync(ALL, of_cta);
     return __reduce_add_sync(ALL, (lane < warp ? counted : 0) + (lane < (int)rank ? of_cta : 0));
+}
+
+// The most steps, kept_steps at most, whose rows can stay when `misses` slots are taken, and how many free slots
+// come before this warp's. older: lane i has this warp's free slots whose rows no step attended to in the last i.
+__device__ int place_of_free(int older, int kept_steps, int misses, unsigned rank, Shared& shared, int& steps) {
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, total = 0, earlier = 0;
+    if (lane < AGES) shared.warp_older[warp][lane] = older;
+    __syncthreads();
+    if (warp == 0 && lane < AGES) {
+        for (int other = 0; other < WARPS; ++other) total += shared.warp_older[other][lane];
+        shared.cta_older[lane] = total;
+    }
+    cluster_publish();
+    cluster_wait();
+    int of_cta[CLUSTER];
+#pragma unroll
+    for (int cta = 0; cta < CLUSTER; ++cta)
+        of_cta[cta] = lane < AGES ? (int)remote_load(&shared.cta_older[lane], cta) : 0;
+    total = 0;
+#pragma unroll
+    for (int cta = 0; cta < CLUSTER; ++cta) {
+        total += of_cta[cta];
+        earlier += cta < (int)rank ? of_cta[cta] : 0;
+    }
+    steps = 31 - __clz(__ballot_sync(ALL, lane <= kept_steps && total >= misses) | 1);
+    int of_warps = __reduce_add_sync(ALL, lane < warp ? shared.warp_older[lane][steps] : 0);
+    return __shfl_sync(ALL, earlier, steps) + of_warps;
 }
 
 // The steps when a slot's row was last attended to and last predicted; -1 never.
@@ -90,16 +119,6 @@ __device__ void load_ages(
     }
 }
 
-// The most steps, kept_steps at most, whose rows can stay when `misses` slots are taken. Ends with a cluster barrier.
-__device__ int steps_to_keep(int older, int kept_steps, int misses, Shared& shared) {
-    int lane = threadIdx.x & 31, total = 0;
-    if (lane < AGES && older) atomicAdd(&shared.older[lane], older);
-    __syncthreads();
-    cluster_sync();
-    for (int cta = 0; lane < AGES && cta < CLUSTER; ++cta) total += (int)remote_load(&shared.older[lane], cta);
-    return 31 - __clz(__ballot_sync(ALL, lane <= kept_steps && total >= misses) | 1);
-}
-
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS) resolve_cluster(
     const int* tokens, const int* counts, int* slot_of_token, int* token_in_slot, Stamp* stamps, int* hand,
     const int* step, int* miss_tokens, int* miss_slots, int* miss_counts, unsigned long long* counters,
@@ -114,12 +133,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     slot_of_token += row * capacity, token_in_slot += row * n_slots, stamps += row * n_slots;
     int* mine_stamps = (int*)stamps + (attended ? 0 : 1);  // of slot s at 2 s
 
-    if (threadIdx.x < AGES) shared.older[threadIdx.x] = 0;
-
     Segment mine = segment_of(count, rank);
-    int missed = 0, predicted = 0;
+    bool one_group = mine.to - mine.from <= 32 * EACH;  // then what was looked up stays in registers
+    int token[EACH], slot[EACH], missed = 0, predicted = 0;
     for (int first = mine.from + lane; first - lane < mine.to; first += 32 * EACH) {
-        int token[EACH], slot[EACH], last[EACH];
+        int last[EACH];
         look_up(tokens, slot_of_token, first, mine.to, token, slot);
 #pragma unroll
         for (int j = 0; j < EACH; ++j) last[j] = PHASE == 1 && is_slot(slot[j]) ? stamps[slot[j]].predicted : -1;
@@ -130,7 +148,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             if (is_slot(slot[j])) mine_stamps[2 * slot[j]] = now;
         }
     }
-    int misses, place = place_of_warp(missed, rank, shared, &shared.cta_misses, misses);
+    int misses, place = place_of_misses(missed, rank, shared, misses);
     if (PHASE == 1) {
         predicted = __reduce_add_sync(ALL, predicted);
         if (lane == 0 && predicted) atomicAdd(counters + PHASE * 3 + 2, (unsigned long long)predicted);
@@ -141,8 +159,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         atomicAdd(counters + PHASE * 3 + 1, (unsigned long long)(count - misses));
     }
     for (int first = mine.from + lane; first - lane < mine.to && misses; first += 32 * EACH) {
-        int token[EACH], slot[EACH];
-        look_up(tokens, slot_of_token, first, mine.to, token, slot);
+        if (!one_group) look_up(tokens, slot_of_token, first, mine.to, token, slot);
 #pragma unroll
         for (int j = 0; j < EACH; ++j) {
             unsigned all = __ballot_sync(ALL, slot[j] < 0);
@@ -152,25 +169,32 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     }
 
     mine = segment_of(misses ? n_slots : 0, rank);  // slots in ring order from the hand
-    int older = 0;  // lane i: this warp's free slots whose rows no step attended to in the last i
-    for (int first = mine.from + lane; first - lane < mine.to; first += 32 * EACH) {
+    bool few = mine.to - mine.from <= 32 * KEPT_AGES;
+    unsigned long long ages = 0;  // of this lane's slots, 4 bits each, if they are few
+    int older = 0, steps = 0;     // lane i: this warp's free slots whose rows no step attended to in the last i
+    for (int first = mine.from + lane, at = 0; first - lane < mine.to; first += 32 * EACH, at += EACH) {
         int age[EACH];
         load_ages(stamps, start, n_slots, first, mine.to, now, attended, age);
-        for (int steps = 0; steps <= kept_steps; ++steps) {
+#pragma unroll
+        for (int j = 0; j < EACH; ++j)
+            if (few) ages |= (unsigned long long)age[j] << 4 * (at + j);
+        for (int kept = 0; kept <= kept_steps; ++kept) {
 #pragma unroll
             for (int j = 0; j < EACH; ++j) {
-                unsigned all = __ballot_sync(ALL, age[j] > steps);
-                if (lane == steps) older += __popc(all);
+                unsigned all = __ballot_sync(ALL, age[j] > kept);
+                if (lane == kept) older += __popc(all);
             }
         }
     }
-    int steps = kept_steps && misses ? steps_to_keep(older, kept_steps, misses, shared) : 0, all_free;
-    place = place_of_warp(__shfl_sync(ALL, older, steps), rank, shared, &shared.cta_free, all_free);
-    for (int first = mine.from + lane; first - lane < mine.to && place < misses; first += 32 * EACH) {
-        int age[EACH], given[EACH], token[EACH], evicted[EACH];  // given: the miss that a slot is for, -1 none
-        load_ages(stamps, start, n_slots, first, mine.to, now, attended, age);
+    if (misses) place = place_of_free(older, kept_steps, misses, rank, shared, steps);
+    cluster_arrive_relaxed();  // this thread reads no other CTA's shared memory below
+    for (int first = mine.from + lane, at = 0; first - lane < mine.to && place < misses;
+         first += 32 * EACH, at += EACH) {
+        int age[EACH], given[EACH], evicted[EACH];  // given: the miss that a slot is for, -1 none
+        if (!few) load_ages(stamps, start, n_slots, first, mine.to, now, attended, age);
 #pragma unroll
         for (int j = 0; j < EACH; ++j) {
+            if (few) age[j] = (int)(ages >> 4 * (at + j)) & 15;
             bool is_free = age[j] > steps;
             unsigned all = __ballot_sync(ALL, is_free);
             given[j] = is_free ? place + __popc(all & before) : misses;
@@ -186,14 +210,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
         for (int j = 0; j < EACH; ++j) {
             if (given[j] < 0) continue;
-            int slot = in_ring(start + first + 32 * j, n_slots);
+            int free_slot = in_ring(start + first + 32 * j, n_slots);
             if (evicted[j] >= 0) slot_of_token[evicted[j]] = -1;
-            slot_of_token[token[j]] = slot;
-            token_in_slot[slot] = token[j];
-            stamps[slot] = attended ? Stamp{now, -1} : Stamp{-1, now};
-            miss_slots[given[j]] = slot;
-            if (given[j] == misses - 1) hand[row] = in_ring(slot + 1, n_slots);
+            slot_of_token[token[j]] = free_slot;
+            token_in_slot[free_slot] = token[j];
+            stamps[free_slot] = attended ? Stamp{now, -1} : Stamp{-1, now};
+            miss_slots[given[j]] = free_slot;
+            if (given[j] == misses - 1) hand[row] = in_ring(free_slot + 1, n_slots);
         }
     }
-    cluster_sync();  // no CTA leaves while another may read its shared memory
+    cluster_wait();  // no CTA leaves while another may read its shared memory
 }

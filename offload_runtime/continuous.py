@@ -31,6 +31,8 @@ OnStage = Callable[[str, int, int], None]  # (stage, units done, units in all)
 # Chunks of a prefill launched ahead of the GPU. A decode step in the shadow of a prefill may take as
 # long as several chunks (8 to 30 ms each in the 8B shape, arithmetic); launching ahead takes no memory.
 AHEAD_CHUNKS = 8
+# Of the steps beside a prefill: so many may come after its end, when the GPU has nothing but them to do.
+MOST_LATE = 0.1
 
 
 @dataclass
@@ -108,6 +110,8 @@ class ContinuousBatch:
         self.finished: list[Finished] = []
         self.pending: Step | None = None
         self.failure: Exception | None = None
+        self.late = 0  # of the steps that were due beside a prefill, those that began after its end
+        self.crowded = False  # a prefill leaves SMs to steps, since too many were late
         self.token_ids = torch.zeros(places, dtype=torch.long, device=session.adapter.device)
         session.clear()
         for place in range(places):
@@ -154,10 +158,12 @@ class ContinuousBatch:
         self.lanes.follow_caller()
         with self.lanes.decoding():
             self.session.clear_place(place)
-        with self.lanes.prefilling(self.overlap and bool(self.running)):
+        self.late = 0
+        with self.lanes.prefilling(self.crowded and bool(self.running)):
             logits = self.session.prefill_place(place, prompt, self._between_chunks(on_stage))
         self.lanes.mark()
         self._decode_until(0)
+        self.crowded = self.crowded or self.late > MOST_LATE * self.pace.taken
         with self.lanes.decoding():
             self.lanes.meet()
             self._start(place, run, logits)
@@ -186,6 +192,7 @@ class ContinuousBatch:
         while self.pending is not None or self._step_due:
             if self.pending is None:
                 self.pace.taken += 1
+                self.late += self.lanes.ahead() == 0
                 self._try(self._launch)
             elif self.pending.tokens.here() or self.lanes.ahead() > ahead:
                 self._try(self._collect)

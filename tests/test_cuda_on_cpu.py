@@ -31,7 +31,9 @@ def resolve_emulated(backwards):
 
 
 @pytest.mark.parametrize("kept_steps", [0, 2, 8])
-@pytest.mark.parametrize(("n_slots", "k_max"), [(64, 64), (150, 100), (2500, 1300), (12000, 9000)])
+@pytest.mark.parametrize(
+    ("n_slots", "k_max"), [(64, 64), (150, 100), (2500, 1300), (12000, 9000), (70000, 17000)]
+)
 def test_resolve(n_slots, k_max, kept_steps):
     """Both phases of four steps, with few and with many slots, some empty selections; every tensor agrees."""
     generator = torch.Generator().manual_seed(n_slots + kept_steps)
