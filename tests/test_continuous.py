@@ -1,6 +1,7 @@
 """Continuous batching: a sequence's tokens are the same whoever comes and goes beside it."""
 
 import itertools
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from offload_runtime.choosing import make_chooser
 from offload_runtime.continuous import ContinuousBatch
 from offload_runtime.errors import UserError
+from offload_runtime.prefetch.lanes import Lanes
 
 from .models import identity_calibration, offloaded, random_ids, random_llama
 
@@ -182,3 +184,43 @@ def test_several_places_need_a_calibration(model):
         offloaded(model, budget=24).continuous(2, 320)
     with pytest.raises(UserError, match="audit"):
         runtime_of(model, audit_every=2).continuous(2, 320)
+
+
+class ShownLanes(Lanes):
+    """As on a GPU whose prefill is always, or never, through with what it was given; notes who left SMs."""
+
+    def __init__(self, ahead):
+        super().__init__(torch.device("cpu"))
+        self.on_gpu, self.left = True, ahead
+        self.leaves = []
+
+    @contextmanager
+    def prefilling(self, leave_sms):
+        self.leaves.append(leave_sms)
+        yield
+
+    def decoding(self):
+        return nullcontext()
+
+    def ahead(self):
+        return self.left
+
+    def follow_caller(self):
+        pass
+
+    mark = meet = follow_caller
+
+    def wait(self, ahead):
+        pass
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_prefills_leave_sms_to_steps_that_were_late(model, ahead):
+    """Steps that begin when the GPU has nothing of the prefill left are late."""
+    runtime = runtime_of(model)
+    batch = runtime.continuous(3, 400)
+    batch.lanes = ShownLanes(ahead)
+    for index in range(3):
+        prompt = random_ids(300, seed=index, device=runtime.model.device)[0]
+        batch.join(index, prompt, 50, make_chooser(runtime.model, prompt, 50, 3, do_sample=False), index)
+    assert batch.lanes.leaves == [False, False, ahead == 0]
