@@ -6,7 +6,8 @@
 //     shared memory; nothing waits for the link but the engine, so the whole ring is in flight;
 //   warp 1 (consumer) writes each group that has arrived to its slots and frees the stage.
 //
-// Compile-time: ROW_BYTES (a multiple of 16), GROUP (rows, at most 32: a lane each), STAGES.
+// Compile-time: ROW_BYTES (a multiple of 16), GROUP (rows, at most 32: a lane each), STAGES, CLUSTER (CTAs that are
+// to be on neighbouring SMs; they share nothing).
 // Dynamic shared memory: the ring, the barriers, the miss counts. No includes: nvrtc needs no header path.
 
 constexpr int THREADS = 64;
@@ -156,7 +157,7 @@ __device__ void store_rows(const char* stage, char* slots, int rows, int slot, i
 }
 
 // Strides in bytes; slots points at the first resident slot of the first head.
-extern "C" __global__ void __launch_bounds__(THREADS) gather_bulk(
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS) gather_bulk(
     const char* host_rows, const int* miss_tokens, const int* miss_slots, const int* miss_counts, char* slots,
     long long host_b, long long host_h, long long slots_b, long long slots_h, int kv_heads, int heads,
     int budget) {

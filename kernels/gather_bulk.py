@@ -19,6 +19,7 @@ THREADS = 64  # as in gather_bulk.cu
 STAGE_BYTES = 16 * 1024  # a group: 32 rows of 512 B, one a lane
 RING_BYTES = 128 * 1024  # in flight a CTA: 8 CTAs hold 1 MiB, ten times what 50 GB/s x 2 us of latency needs
 COUNT_BYTES = 8 * 1024  # 2,048 heads
+CLUSTER = 8
 OTHER_BYTES = COUNT_BYTES + 8 * 1024  # and 1 KiB of list entries, and two barriers a stage (at most 2 KiB)
 
 
@@ -55,7 +56,7 @@ def gather_rows_bulk(
         assert listed.dtype == torch.int32
     index = slots.device.index
     assert batch * kv_heads * miss_counts.element_size() <= COUNT_BYTES
-    kernel, shared_bytes = compiled(row_bytes, ring_bytes, index)
+    kernel, shared_bytes = compiled(row_bytes, ring_bytes, 1 if num_ctas % CLUSTER else CLUSTER, index)
     pointers = (host_rows, miss_tokens, miss_slots, miss_counts)
     strides = [rows.stride(i) * rows.element_size() for rows in (host_rows, slots) for i in (0, 1)]
     stream = torch.cuda.current_stream(slots.device).cuda_stream
@@ -74,20 +75,20 @@ def gather_rows_bulk(
 
 
 @functools.cache
-def compiled(row_bytes: int, ring_bytes: int, device_index: int) -> tuple[Any, int]:
+def compiled(row_bytes: int, ring_bytes: int, cluster: int, device_index: int) -> tuple[Any, int]:
     """(kernel, dynamic shared memory of a CTA): all that an SM has, so that no other CTA shares the SM."""
     import cupy
 
     limit = shared_limit(torch.device("cuda", device_index))
     with cupy.cuda.Device(device_index):
-        kernel = build(row_bytes, min(ring_bytes, limit - OTHER_BYTES))
+        kernel = build(row_bytes, min(ring_bytes, limit - OTHER_BYTES), cluster)
         kernel.max_dynamic_shared_size_bytes = limit
     return kernel, limit
 
 
-def build(row_bytes: int, ring_bytes: int) -> Any:
+def build(row_bytes: int, ring_bytes: int, cluster: int) -> Any:
     """Compile the CUDA source for one row size."""
     group = min(STAGE_BYTES // row_bytes, 32)
     stages = max(ring_bytes // (group * row_bytes), 2)
-    defines = {"ROW_BYTES": row_bytes, "GROUP": group, "STAGES": stages}
+    defines = {"ROW_BYTES": row_bytes, "GROUP": group, "STAGES": stages, "CLUSTER": cluster}
     return compile_source(("gather_bulk.cu",), "gather_bulk", defines)

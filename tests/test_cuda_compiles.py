@@ -15,7 +15,7 @@ CASES = {
     "select sticky": (SELECT, LABELS | {"STICKY": 1}),
     "select wide labels": (SELECT, WIDE | {"STICKY": 1}),
     "resolve": (("cluster.cuh", "resolve_cluster.cu"), {"PHASE": 1}),
-    "gather": (("gather_bulk.cu",), {"ROW_BYTES": 512, "GROUP": 16, "STAGES": 4}),
+    "gather": (("gather_bulk.cu",), {"ROW_BYTES": 512, "GROUP": 16, "STAGES": 4, "CLUSTER": 8}),
 }
 
 
