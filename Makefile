@@ -13,7 +13,7 @@ test:
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 8 -m "not gpu and not model and not slow"
 
 test-gpu:
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 12 -m "gpu or not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 24 -m "gpu or not slow"
 
 check:
 	$(RUN) -m ruff check .

@@ -5,11 +5,12 @@
 Weights are random (the Llama-3.1-8B shape), so answers mean nothing and every document gets exactly
 --new-tokens. "1" decodes each document after its prefill, "5" fills five places and decodes while
 newcomers prefill, "5:no-overlap" decodes between prefills only, "9:sized" gives places the sizes that
-the documents need. "5:x2" goes through the documents twice: one at a time, twice as many take
-twice as long, while several places fill and empty once a job; from three rounds on "steady_gain"
-compares the rounds between the first and the last. All use caches whose memory is made once, and
-whose time is given apart. Every document and every run is written as soon as it is known; a run that
-fails is recorded and the next one goes on. On an H100 the defaults take about three minutes.
+the documents need, "9:sized2" those of two places before (spare in places.py). "5:x2" goes through the
+documents twice: one at a time, twice as many take twice as long, while several places fill and empty once
+a job; from three rounds on "steady_gain" compares the rounds between the first and the last. All use caches
+whose memory is made once, and whose time is given apart. Every document and every run is written as soon as
+it is known; a run that fails is recorded and the next one goes on. On an H100 the defaults take about three
+minutes.
 """
 
 import argparse
@@ -52,7 +53,8 @@ class Run:
         self.name, self.model = name, model
         count, *how = name.split(":")
         self.places, self.overlap, self.ahead = int(count), "no-overlap" not in how, ahead
-        self.sized = "sized" in how
+        self.sized = any(part.startswith("sized") for part in how)
+        self.spare = next((int(part[5:] or 0) for part in how if part.startswith("sized")), 0)
         self.rounds = next((int(part[1:]) for part in how if part.startswith("x")), 1)
         self.line: dict[str, Any] = {"places": self.places, "overlap": self.overlap, "documents": []}
 
@@ -60,7 +62,7 @@ class Run:
         """Open the caches, then time the documents from the first one's start to the last one's end."""
         started = time.perf_counter()
         needs = [len(prompt) + new_tokens for prompt in prompts]
-        sizes = sizes_within(needs, self.places)
+        sizes = sizes_within(needs, self.places, self.spare)
         batch = self.model.continuous(
             self.places, max(needs), overlap=self.overlap, place_tokens=sizes if self.sized else ()
         )
@@ -146,7 +148,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--new-tokens", type=int, default=512)
     parser.add_argument(
-        "--settings", nargs="+", default=["1", "5:x2"], help="places[:sized][:no-overlap][:xN]"
+        "--settings", nargs="+", default=["1", "5:x2"], help="places[:sized[N]][:no-overlap][:xN]"
     )
     parser.add_argument("--budget", default="2048")
     parser.add_argument("--slots", type=int, help="rows kept on the GPU per layer and KV head (2 x budget)")

@@ -34,7 +34,7 @@ from .jobs.rich_progress import JobBars
 from .loading import load_tokenizer
 from .model_check import ModelShape, check_config, check_label_channels, position_warning
 from .model_source import WEIGHT_FORMS, ModelSource
-from .places import Work, choose_places, sizes_within
+from .places import Work, best_fitting, choose_places, sizes_within
 from .planner import Plan, require
 from .speed import Traffic
 
@@ -157,25 +157,20 @@ def places_for(
     bounds, source = bounds_of(run, run.job), request.source
     longest, apart = max(bounds), managed_available(place)
 
-    def sizes(count: int) -> tuple[int, ...]:
-        return sizes_within(bounds, count) if apart else (longest,) * count
-
-    def planned(count: int) -> Plan:
+    def planned(count: int, spare: int) -> Plan:
+        sizes = sizes_within(bounds, count, spare) if apart else (longest,) * count
         return plan_of(
-            source, config, model_config, place, longest, count, continuous=True, place_tokens=sizes(count)
+            source, config, model_config, place, longest, count, continuous=True, place_tokens=sizes
         )
 
-    if request.places != AUTO:
-        count = parse_places(request.places)
-        require(planned(count))
-        return sizes(count)
-    require(planned(1))
+    plan = best_fitting(planned, 1 if request.places == AUTO else parse_places(request.places))
+    require(plan)
     alone = place.type == "cpu" or calibration_digest(source, config) is None
-    if alone or has_length_rotary(model_config):
-        return sizes(1)
+    if request.places != AUTO or alone or has_length_rotary(model_config):
+        return plan.layout.rooms
     new_rows = config.entering(config.budget_tokens(config.capacity(longest)))
     job = Work(bounds, run.job.max_new_tokens, Traffic(config.prefetch, new_rows))
-    return sizes(choose_places(planned, weights_of(source, model_config), job))
+    return choose_places(planned, weights_of(source, model_config), job).layout.rooms
 
 
 def parse_places(text: str) -> int:

@@ -219,12 +219,12 @@ def test_places_of_different_sizes_change_nothing(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(OffloadedModel, "continuous", continuous)
     monkeypatch.setattr(cli_batch_run, "managed_available", lambda _: True)
     lines = []
-    for places in ("1", "3"):
+    for places in ("1", "4"):
         output = tmp_path / f"{places}.jsonl"
         assert run(*job, "--output", str(output), "--places", places)[0] == 0
         lines.append(sorted(without_times(output).split(b"\n")))
     assert lines[0] == lines[1]
     alone, sized = seen
     assert alone == ()
-    assert sized[1:] == (4096, 4096)
-    assert 5000 < sized[0] <= 8192
+    assert sized[3] == 4096  # there is memory for two more of the largest
+    assert 5000 < sized[0] == sized[1] == sized[2] <= 8192

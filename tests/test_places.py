@@ -2,7 +2,7 @@
 
 from offload_runtime.config import RuntimeConfig
 from offload_runtime.memory import FreeMemory
-from offload_runtime.places import Work, choose_places, place_sizes
+from offload_runtime.places import Work, best_fitting, choose_places, place_sizes
 from offload_runtime.planner import make_plan
 from offload_runtime.speed import Traffic
 from offload_runtime.weights import count_weights
@@ -17,12 +17,12 @@ def places(
     config = RuntimeConfig(ctx=131072, budget=2048)
     free = FreeMemory(int(host_gb * 1e9), int(78e9))
 
-    def plan_of(count: int):
-        sizes = () if bounds is None else place_sizes(bounds, count)
+    def plan_of(count: int, spare: int):
+        sizes = () if bounds is None else place_sizes(bounds, count, spare)
         return make_plan(config, LLAMA_8B, free, "cuda", batch=count, place_tokens=sizes)
 
     work = Work([131072] * documents if bounds is None else bounds, new_tokens, Traffic())
-    return choose_places(plan_of, count_weights(LLAMA_8B), work)
+    return choose_places(plan_of, count_weights(LLAMA_8B), work).batch
 
 
 def test_memory_documents_and_gain_bound_the_places():
@@ -41,6 +41,23 @@ def test_sizes_are_spread_over_the_documents():
     assert place_sizes(MIXED, 6) == (131_072, 98_304, 81_920, 65_536, 49_152, 32_768)
     assert place_sizes(MIXED * 4, 12) == tuple(n for n in place_sizes(MIXED, 6) for _ in range(2))
     assert place_sizes([100] * 50, 3) == (4096,) * 3
+    assert place_sizes(MIXED, 6, 2) == (131_072,) * 3 + (98_304, 81_920, 65_536)
+    assert place_sizes(MIXED, 2, 2) == (131_072,) * 2
+
+
+def test_spare_room_where_memory_allows():
+    def plan_of(count: int, spare: int):
+        sizes = place_sizes(MIXED, count, spare)
+        free = FreeMemory(int(host_gb * 1e9), int(78e9))
+        config = RuntimeConfig(ctx=131072, budget=2048)
+        return make_plan(config, LLAMA_8B, free, "cuda", batch=count, place_tokens=sizes, continuous=True)
+
+    chosen = {}
+    for host_gb in (50, 68, 80, 500):
+        plan = best_fitting(plan_of, 6)
+        chosen[host_gb] = plan.fits, plan.layout.rooms
+    sizes = [place_sizes(MIXED, 6, spare) for spare in (0, 0, 1, 2)]
+    assert chosen == dict(zip(chosen, zip((False, True, True, True), sizes, strict=True), strict=True))
 
 
 def test_documents_of_mixed_lengths_get_more_places():
