@@ -29,6 +29,7 @@ from offload_runtime.bench.machine import machine
 from offload_runtime.bench.shapes import random_model
 from offload_runtime.choosing import Chooser
 from offload_runtime.continuous import ContinuousBatch
+from offload_runtime.free_place import LOOKED_AT
 from offload_runtime.places import sizes_within
 
 # Mixed lengths from 32K to 128K tokens, in no order.
@@ -82,9 +83,11 @@ class Run:
         chooser = Chooser(LogitsProcessorList(), False, frozenset())
         started, waiting, prefill_s = time.perf_counter(), list(enumerate(prompts * self.rounds)), 0.0
         while waiting or batch.running:
-            place = batch.place_for(len(waiting[0][1]) + new_tokens) if waiting else None
-            if place is not None:
-                index, prompt = waiting.pop(0)
+            found = [batch.place_for(len(prompt) + new_tokens) for _, prompt in waiting[:LOOKED_AT]]
+            fitting = [(i, place) for i, place in enumerate(found) if place is not None]
+            if fitting:
+                chosen, place = fitting[0]
+                index, prompt = waiting.pop(chosen)
                 began = time.perf_counter()
                 batch.join(place, prompt, new_tokens, chooser, index)
                 prefill_s += time.perf_counter() - began

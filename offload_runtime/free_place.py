@@ -1,6 +1,10 @@
-"""Which place a newcomer takes: in a continuous batch, and in the simulation of one."""
+"""Who goes next into which place: in a continuous batch, in a job, and in the simulation of one."""
 
 from collections.abc import Container, Sequence
+
+# Of those that wait, as many are looked at when the first finds no place of its size. Simulated, 24 documents
+# of 32K to 128K tokens in eight places that fit just so: 7 s of 166 are waited in their order, 1 s with five.
+LOOKED_AT = 5
 
 
 def smallest_free(rooms: Sequence[int], taken: Container[int], tokens: int) -> int | None:

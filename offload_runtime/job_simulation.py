@@ -7,8 +7,9 @@ continuous.py; the times are the plan's.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
-from .free_place import smallest_free
+from .free_place import LOOKED_AT, smallest_free
 from .pace import Pace
 
 # Measured, 8B shape, prompts of 76K tokens on average: a step of four sequences beside a prefill takes 58 ms,
@@ -38,11 +39,14 @@ class Simulation:
         """Seconds for documents that need so many tokens each, answers included."""
         waiting = deque(needs)
         while waiting or self.left:
-            place = self._place_for(waiting[0]) if waiting else None
+            found = [(i, self._place_for(tokens)) for i, tokens in enumerate(islice(waiting, LOOKED_AT))]
+            index, place = next((pair for pair in found if pair[1] is not None), (0, None))
             if place is None:
                 self._step(1.0)
             else:
-                self._prefill(place, waiting.popleft())
+                tokens = waiting[index]
+                del waiting[index]
+                self._prefill(place, tokens)
         return self.seconds
 
     def _place_for(self, tokens: int) -> int | None:

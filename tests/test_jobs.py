@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from offload_runtime.errors import UserError
-from offload_runtime.jobs import DocumentError, find_documents, load_template, run_job
+from offload_runtime.jobs import DocumentError, Job, find_documents, load_template, run_job
 from offload_runtime.jobs.documents import take_shard
 from offload_runtime.jobs.job import parse_shard
 from offload_runtime.jobs.prompts import built_in, parse_template
 from offload_runtime.jobs.readers import read_file
 from offload_runtime.jobs.splitting import ELLIPSIS, shorten, split
+from offload_runtime.jobs.worker import Worker
 
 from .jobs_fake import CTX, NEW_TOKENS, FakeModel, make_job
 
@@ -313,3 +314,57 @@ def test_a_document_waits_for_a_place_of_its_size(tmp_path: Path) -> None:
         assert not any(line.get("error") for line in lines)
         assert model.most > 1
     assert texts[0] == texts[1]
+
+
+def lengths_job(tmp_path: Path, lengths: list[int]) -> Job:
+    """Documents d0, d1, ... of so many words; prompt and answer add 27 tokens."""
+    source = tmp_path / "in.jsonl"
+    rows = [json.dumps({"id": f"d{i}", "text": "word " * n}) + "\n" for i, n in enumerate(lengths)]
+    source.write_text("".join(rows))
+    return make_job(source, tmp_path / "out.jsonl", long="refuse")
+
+
+def starts(model: FakeModel) -> list[int]:
+    """Words of the documents that the model takes up from now on."""
+    seen, plain = [], model.start
+
+    def start(key, prompt, *rest):
+        seen.append(prompt.count("word"))
+        plain(key, prompt, *rest)
+
+    model.start = start  # type: ignore[method-assign]
+    return seen
+
+
+def test_a_document_without_a_place_is_overtaken_by_the_next_few(tmp_path: Path) -> None:
+    """Two long ones want the long place; short ones go by meanwhile, no more of them than are looked at."""
+    lengths = [60, 61, 1, 2, 3, 62, 4, 5]
+    model = FakeModel(places=2, sizes=(100, 40))
+    seen = starts(model)
+    job = lengths_job(tmp_path, lengths)
+    assert run_job(job, model).written == len(lengths)
+    assert sorted(seen) == sorted(lengths)
+    assert seen[:2] == [60, 1]  # 61 finds no place
+    assert seen.index(61) < seen.index(62)
+    alike = FakeModel(places=2)
+    ordered = starts(alike)
+    again = tmp_path / "again"
+    again.mkdir()
+    run_job(lengths_job(again, lengths), alike)
+    assert ordered == lengths
+
+
+def test_documents_that_were_only_read_are_left_when_the_job_is_to_stop(tmp_path: Path) -> None:
+    job = lengths_job(tmp_path, [60, 61, 62, 1])
+    model, asked = FakeModel(places=2, sizes=(100, 40)), []
+    worker = Worker(job, model, lambda *_: None, lambda: bool(asked))
+    sources = find_documents(job.input)
+    done = []
+    for outcome in worker.work(source for source in sources if not asked):
+        done.append(outcome.record["id"])
+        asked.append(True)
+    assert sorted(done) == ["d0", "d3"]  # d3 went by d1 and d2, which nobody had started
+    assert not worker.open
+    assert not worker.waiting
+    summary = run_job(job, FakeModel(places=2, sizes=(100, 40)))
+    assert (summary.documents, summary.left) == (4, 0)

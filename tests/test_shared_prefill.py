@@ -1,6 +1,7 @@
 """One prefill asked under many budgets answers as a prefill for each budget does."""
 
 import time
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -102,7 +103,7 @@ def test_nothing_is_asked_twice_and_time_ends_it(tmp_path):
 
 @pytest.mark.parametrize("word", ["16x4", "32x16:some/file"])
 def test_labels_of_the_command(word):
-    setting, file = label_of(word, "1/8")
-    assert setting.new_rows == "1/8"
+    setting, file = label_of(word, Namespace(new_rows="1/8", prefetch="predict"))
+    assert (setting.new_rows, setting.prefetch) == ("1/8", "predict")
     assert f"{setting.channels}x{setting.bits}" == word.split(":")[0]
     assert (file is None) == (":" not in word)

@@ -68,9 +68,8 @@ class JobRun:
             for watcher in watchers:
                 watcher.stage(name, stage, done, total)
 
-        worker = Worker(self.job, model, on_document)
-
         def results(stop: StopRequest) -> Iterator[list[Outcome]]:
+            worker = Worker(self.job, model, on_document, lambda: stop.asked)
             for outcome in worker.work(until(stop, self.left)):
                 yield [outcome]
 

@@ -4,9 +4,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 from ..errors import RunError
+from ..free_place import LOOKED_AT
 from .answers import Answer, Answerer, total_cost
 from .documents import Source
 from .errors import DocumentError, InputChanged
@@ -45,64 +47,97 @@ class Open:
     talk: Talk
     started: float
     asked: int = 0
+    begun: bool = False
     answers: dict[int, Answer] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
-    """One prompt of a document. alone: it was at work when the model failed, and is tried by itself."""
+    """One prompt of a document. alone: it was at work when the model failed, and is tried by itself.
+
+    tokens: of the prompt, once they were counted.
+    """
 
     id: str
     number: int
     prompt: str
     words: str
     alone: bool = False
+    tokens: int | None = None
 
 
 class Worker:
     """Turns documents into records. A document's failure is its own; the others go on.
 
-    Outcomes come in the order of completion, which with one place is the documents'.
+    Outcomes come in the order of completion, which with one place is the documents'. Where places are
+    of different sizes, a prompt that finds none free is overtaken by one of the next few that does.
+
+    stopping: asked before a prompt is started; when it says yes, documents that were only read are dropped.
     """
 
-    def __init__(self, job: Job, model: Answerer, on_document: OnDocument) -> None:
-        self.job, self.model, self.on_document = job, model, on_document
+    def __init__(
+        self, job: Job, model: Answerer, on_document: OnDocument, stopping: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.job, self.model, self.on_document, self.stopping = job, model, on_document, stopping
         self.open: dict[str, Open] = {}
         self.waiting: deque[Request] = deque()
         self.running: dict[tuple[str, int], Request] = {}
-        self.measured: tuple[Request | None, int] = (None, 0)  # the next prompt, and its tokens
 
     def work(self, sources: Iterable[Source]) -> Iterator[Outcome]:
-        """One outcome a document. The next document is read when a place is free for it."""
+        """One outcome a document. The next document is read when a place is free for it, or to look ahead."""
         documents = iter(sources)
         while True:
             more = True
-            while self._may_start() and (self.waiting or more):
-                if self.waiting:
-                    yield from self._start(self.waiting.popleft())
-                    continue
-                source = next(documents, None)
-                more = source is not None
-                if source is not None:
-                    yield from self._open(source)
+            while len(self.running) < self.model.places and (self.waiting or more):
+                if self.stopping():
+                    self._drop_unbegun()
+                index = self._next()
+                if index is not None:
+                    yield from self._start(index)
+                elif more and self._looks_ahead():
+                    source = next(documents, None)
+                    more = source is not None
+                    if source is not None:
+                        yield from self._open(source)
+                else:
+                    break
             if self.running:
                 yield from self._advance()
             elif not self.waiting and not more:
                 return
 
-    def _may_start(self) -> bool:
-        """Whether a place is free, and the next prompt and those at work may be together."""
-        if any(request.alone for request in (*self.running.values(), *list(self.waiting)[:1])):
-            return not self.running
-        return len(self.running) < self.model.places and self._has_room()
+    def _next(self) -> int | None:
+        """Which of the waiting prompts may start now: the first one that finds a place of its size."""
+        if not self.waiting or self._somebody_is_alone():
+            return 0 if self.waiting and not self.running else None
+        for index, request in enumerate(islice(self.waiting, LOOKED_AT)):
+            if request.alone:
+                return None  # what comes after it has to wait for it
+            if self._has_room(request):
+                return index
+        return None
 
-    def _has_room(self) -> bool:
-        """Whether the next prompt, if it is known, finds a place of its size."""
-        if not self.model.sizes or not self.waiting:
+    def _somebody_is_alone(self) -> bool:
+        return any(request.alone for request in (*self.running.values(), *list(self.waiting)[:1]))
+
+    def _looks_ahead(self) -> bool:
+        """Whether another document should be read now: nothing waits, or what waits finds no place."""
+        return not self.waiting or (len(self.waiting) < LOOKED_AT and not self._somebody_is_alone())
+
+    def _has_room(self, request: Request) -> bool:
+        """Whether a prompt finds a place of its size."""
+        if not self.model.sizes:
             return True
-        if self.waiting[0] is not self.measured[0]:
-            self.measured = self.waiting[0], self.model.count(self.waiting[0].prompt)
-        return self.model.has_room(self.measured[1] + self.job.max_new_tokens)
+        if request.tokens is None:
+            request.tokens = self.model.count(request.prompt)
+        return self.model.has_room(request.tokens + self.job.max_new_tokens)
+
+    def _drop_unbegun(self) -> None:
+        """Forget documents of which no prompt was started; the next run of the job does them."""
+        unbegun = {id for id, document in self.open.items() if not document.begun}
+        self.waiting = deque(request for request in self.waiting if request.id not in unbegun)
+        for id in unbegun:
+            del self.open[id]
 
     def _open(self, source: Source) -> Iterator[Outcome]:
         """Read a document and list what is to be asked first."""
@@ -123,8 +158,11 @@ class Worker:
         document.asked, document.answers = len(prompts), {}
         self.waiting += [Request(id, number, *prompt) for number, prompt in enumerate(prompts)]
 
-    def _start(self, request: Request) -> Iterator[Outcome]:
+    def _start(self, index: int) -> Iterator[Outcome]:
+        request = self.waiting[index]
+        del self.waiting[index]
         key = (request.id, request.number)
+        self.open[request.id].begun = True
 
         def on_stage(stage: str, done: int, total: int) -> None:
             self.on_document(request.id, request.words + stage, done, total)
