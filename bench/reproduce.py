@@ -109,9 +109,10 @@ STEPS = (
     Step(
         "continuous",
         590,
-        ("-m bench.continuous --settings 1 6:x8 --slots 8192 --out {out}/continuous.json",),
+        ("-m bench.continuous --settings 1 8:sized2:x8 --slots 8192 --out {out}/continuous.json",),
         new=True,
     ),
+    Step("beside", 200, ("-m bench.beside --out {out}/beside.json",), new=True),
     Step(
         "r16",
         300,
