@@ -19,8 +19,10 @@ THREADS = 64  # as in gather_bulk.cu
 STAGE_BYTES = 16 * 1024  # a group: 32 rows of 512 B, one a lane
 RING_BYTES = 128 * 1024  # in flight a CTA: 8 CTAs hold 1 MiB, ten times what 50 GB/s x 2 us of latency needs
 COUNT_BYTES = 8 * 1024  # 2,048 heads
-CLUSTER = 8
 OTHER_BYTES = COUNT_BYTES + 8 * 1024  # and 1 KiB of list entries, and two barriers a stage (at most 2 KiB)
+# CTAs on neighbouring SMs. Those of a cluster lie in one GPC; anywhere, they leave fewer GPCs with room for
+# the selections' clusters of 16, and some of these wait: 14.1 ms a step, not 13.1 (gather_placement.json).
+CLUSTER = 8
 
 
 def gather_bulk_available(device: torch.device, row_bytes: int) -> bool:

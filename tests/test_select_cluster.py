@@ -4,11 +4,14 @@ Its scores are rounded differently, so selections are compared by their scores:
 where they differ, the scores may differ by no more than 1e-3 of the scores' spread.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from offload_runtime.kernels.select_cluster import (
     cluster_select_available,
+    cluster_sizes,
     dynamic_bytes,
     select_by_labels_cluster,
 )
@@ -166,3 +169,17 @@ def test_shared_memory_holds_every_share():
         share = (capacity + 511) // 512 * 32  # tokens of one of 16 CTAs
         assert dynamic_bytes(capacity, 16, False) == share * 4 + share // 8
         assert dynamic_bytes(capacity, 16, True) == share * 4 + 2 * (share // 8)
+
+
+@pytest.mark.parametrize(
+    ("rows", "capacity", "first"),
+    [(8, 262144, 16), (8, 1000, 16), (17, 131072, 8), (16, 131072, 16), (64, 262144, 16), (64, 1000, 8)],
+)
+def test_clusters_are_small_where_those_fill_the_gpu_twice(monkeypatch, rows, capacity, first):
+    """An H100: 132 SMs of 227 KB for a CTA."""
+    shared = {"shared_memory_per_block": 49_152, "shared_memory_per_block_optin": 232_448}
+    h100 = SimpleNamespace(multi_processor_count=132, **shared)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: h100)
+    sizes = cluster_sizes(rows, capacity, True, torch.device("cuda", 0))
+    assert sizes[0] == first
+    assert sorted(sizes) == [8, 16]
