@@ -39,15 +39,25 @@ class Simulation:
         """Seconds for documents that need so many tokens each, answers included."""
         waiting = deque(needs)
         while waiting or self.left:
-            found = [(i, self._place_for(tokens)) for i, tokens in enumerate(islice(waiting, LOOKED_AT))]
-            index, place = next((pair for pair in found if pair[1] is not None), (0, None))
-            if place is None:
+            found = self._next(waiting)
+            if found is None:
                 self._step(1.0)
             else:
+                index, place = found
                 tokens = waiting[index]
                 del waiting[index]
                 self._prefill(place, tokens)
         return self.seconds
+
+    def _next(self, waiting: deque[int]) -> tuple[int, int] | None:
+        """Which of those that wait goes on, and into which place."""
+        if len(self.left) == len(self.sizes):
+            return None
+        for index, tokens in enumerate(islice(waiting, LOOKED_AT)):
+            place = self._place_for(tokens)
+            if place is not None:
+                return index, place
+        return None
 
     def _place_for(self, tokens: int) -> int | None:
         largest = max(self.sizes)  # a document that no place holds takes the largest
