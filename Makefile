@@ -12,8 +12,9 @@ demo:
 test:
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 8 -m "not gpu and not model and not slow"
 
+# -v: a run that is cut short has said what failed.
 test-gpu:
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 24 -m "gpu or not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -v -n auto --maxprocesses 24 -m "gpu or not slow"
 
 check:
 	$(RUN) -m ruff check .
