@@ -51,8 +51,11 @@ def sizes_within(bounds: Sequence[int], places: int, spare: int = 0) -> tuple[in
 
 def best_fitting(plan_of: PlanOf, places: int) -> Plan:
     """The plan with the most spare room that fits; if none does, the one with the least."""
-    plans = (plan_of(places, spare) for spare in SPARES)
-    return next((plan for plan in plans if plan.fits), plan_of(places, SPARES[-1]))
+    for spare in SPARES:
+        plan = plan_of(places, spare)
+        if plan.fits:
+            break
+    return plan
 
 
 def choose_places(plan_of: PlanOf, weights: Weights, work: Work) -> Plan:
