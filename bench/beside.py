@@ -10,18 +10,17 @@ and again, each time beside so many steps, spread evenly over it, with so many S
 import argparse
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList
 
 from offload_runtime import OffloadedModel, RuntimeConfig
-from offload_runtime.bench.continuous import load
+from offload_runtime.bench.continuous import greedy, load, random_prompts
 from offload_runtime.bench.driven import unit_calibration
 from offload_runtime.bench.machine import machine
-from offload_runtime.choosing import Chooser
 from offload_runtime.continuous import ContinuousBatch
 from offload_runtime.pace import Pace
 from offload_runtime.prefetch.lanes import Lanes
@@ -31,13 +30,14 @@ ANSWER = 4096  # tokens that every document may get: none ends meanwhile
 ALONE = 6  # steps timed without a prefill
 
 
+@dataclass
 class GivenPace(Pace):
-    """So many steps beside every prefill."""
+    """`given` steps beside every prefill."""
 
-    given = 0
+    given: int = 0
 
     def begin(self, *_: Any) -> None:
-        self.taken, self.share, self.steps = 0, 0.0, float(self.given)
+        self.taken, self.share, self.steps = 0, 0.0, self.given
 
 
 class Timed(ContinuousBatch):
@@ -47,8 +47,7 @@ class Timed(ContinuousBatch):
         """Keep so many SMs, take so many steps beside the next prefill."""
         self.seconds, self.launched = list[float](), 0.0
         self.lanes, self.crowded = Lanes(self.session.adapter.device, kept), kept > 0
-        self.pace = GivenPace(self.pace.places)
-        self.pace.given = steps
+        self.pace = GivenPace(self.pace.places, given=steps)
 
     def _launch(self) -> None:
         self.launched = time.perf_counter()
@@ -57,10 +56,6 @@ class Timed(ContinuousBatch):
     def _collect(self) -> None:
         super()._collect()
         self.seconds.append(time.perf_counter() - self.launched)
-
-
-def chooser() -> Chooser:
-    return Chooser(LogitsProcessorList(), False, frozenset())
 
 
 def measure(batch: Timed, prompt: torch.Tensor, kept: int, steps: int) -> dict[str, Any]:
@@ -73,7 +68,7 @@ def measure(batch: Timed, prompt: torch.Tensor, kept: int, steps: int) -> dict[s
     place = batch.place_for(len(prompt) + 2)
     assert place is not None
     started = time.perf_counter()
-    batch.join(place, prompt, 2, chooser())
+    batch.join(place, prompt, 2, greedy())
     seconds = time.perf_counter() - started
     beside = round(1e3 * fmean(batch.seconds), 1) if batch.seconds else None
     batch.leave(place)
@@ -101,13 +96,9 @@ def main() -> None:
     model.calibration = unit_calibration(model.adapter)
     batch = Timed(model.continuous(len(sizes), max(sizes), place_tokens=sizes).session)
     batch.prepare(0, 0)
-    draw = torch.Generator().manual_seed(0)
-    prompts = [
-        torch.randint(3, plain.config.vocab_size, (length,), generator=draw)
-        for length in (*options.lengths, options.prompt)
-    ]
+    prompts = random_prompts((*options.lengths, options.prompt), plain.config.vocab_size)
     for place, prompt in enumerate(prompts[:-1]):
-        batch.join(place, prompt, ANSWER, chooser())
+        batch.join(place, prompt, ANSWER, greedy())
     measure(batch, prompts[-1], 0, 8)  # compiles what only this combination needs
     lines = []
     for kept in options.kept:

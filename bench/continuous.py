@@ -17,6 +17,7 @@ import argparse
 import gc
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from offload_runtime.bench.machine import machine
 from offload_runtime.bench.shapes import random_model
 from offload_runtime.choosing import Chooser
 from offload_runtime.continuous import ContinuousBatch
-from offload_runtime.free_place import LOOKED_AT
+from offload_runtime.free_place import first_with_place
 from offload_runtime.places import sizes_within
 
 # Mixed lengths from 32K to 128K tokens, in no order.
@@ -47,6 +48,17 @@ def load(shape: str, positions: int) -> Any:
     return LlamaForCausalLM(LlamaConfig(**TOY, max_position_embeddings=positions)).eval()
 
 
+def greedy() -> Chooser:
+    """The likeliest token, whatever it is: no token ends an answer."""
+    return Chooser(LogitsProcessorList(), False, frozenset())
+
+
+def random_prompts(lengths: Sequence[int], vocabulary: int) -> list[torch.Tensor]:
+    """The same every time."""
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randint(3, vocabulary, (length,), generator=draw) for length in lengths]
+
+
 class Run:
     """One setting over all documents; `line` is what is known of it so far."""
 
@@ -54,8 +66,7 @@ class Run:
         self.name, self.model = name, model
         count, *how = name.split(":")
         self.places, self.overlap, self.ahead = int(count), "no-overlap" not in how, ahead
-        self.sized = any(part.startswith("sized") for part in how)
-        self.spare = next((int(part[5:] or 0) for part in how if part.startswith("sized")), 0)
+        self.spare = next((int(part[5:] or 0) for part in how if part.startswith("sized")), None)
         self.rounds = next((int(part[1:]) for part in how if part.startswith("x")), 1)
         self.line: dict[str, Any] = {"places": self.places, "overlap": self.overlap, "documents": []}
 
@@ -63,10 +74,8 @@ class Run:
         """Open the caches, then time the documents from the first one's start to the last one's end."""
         started = time.perf_counter()
         needs = [len(prompt) + new_tokens for prompt in prompts]
-        sizes = sizes_within(needs, self.places, self.spare)
-        batch = self.model.continuous(
-            self.places, max(needs), overlap=self.overlap, place_tokens=sizes if self.sized else ()
-        )
+        sizes = () if self.spare is None else sizes_within(needs, self.places, self.spare)
+        batch = self.model.continuous(self.places, max(needs), overlap=self.overlap, place_tokens=sizes)
         batch.limit_ahead = self.ahead
         for cache in batch.session.offloaded.values():
             _ = cache.host.rows  # pinned in the background; waited for here
@@ -80,14 +89,14 @@ class Run:
     def _decode(
         self, batch: ContinuousBatch, prompts: list[torch.Tensor], new_tokens: int, save: Any
     ) -> None:
-        chooser = Chooser(LogitsProcessorList(), False, frozenset())
+        chooser = greedy()
         started, waiting, prefill_s = time.perf_counter(), list(enumerate(prompts * self.rounds)), 0.0
         while waiting or batch.running:
-            found = [batch.place_for(len(prompt) + new_tokens) for _, prompt in waiting[:LOOKED_AT]]
-            fitting = [(i, place) for i, place in enumerate(found) if place is not None]
-            if fitting:
-                chosen, place = fitting[0]
-                index, prompt = waiting.pop(chosen)
+            needs = [len(prompt) + new_tokens for _, prompt in waiting]
+            chosen = first_with_place(needs, lambda need: batch.place_for(need) is not None)
+            if chosen is not None:
+                (index, prompt), place = waiting.pop(chosen), batch.place_for(needs[chosen])
+                assert place is not None
                 began = time.perf_counter()
                 batch.join(place, prompt, new_tokens, chooser, index)
                 prefill_s += time.perf_counter() - began
@@ -167,9 +176,7 @@ def main() -> None:
     config = RuntimeConfig(ctx=ctx, budget=options.budget, prefetch=options.prefetch, slots=options.slots)
     model = OffloadedModel(plain, config)
     model.calibration = unit_calibration(model.adapter)
-    draw = torch.Generator().manual_seed(0)
-    vocabulary = plain.config.vocab_size
-    prompts = [torch.randint(3, vocabulary, (length,), generator=draw) for length in options.lengths]
+    prompts = random_prompts(options.lengths, plain.config.vocab_size)
     lines: list[dict[str, Any]] = []
     job = {name: value for name, value in vars(options).items() if name != "out"}
 

@@ -7,9 +7,8 @@ continuous.py; the times are the plan's.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 
-from .free_place import LOOKED_AT, smallest_free
+from .free_place import first_with_place, smallest_free
 from .pace import Pace
 
 # Measured, 8B shape, prompts of 76K tokens on average: a step of four sequences beside a prefill takes 58 ms,
@@ -39,31 +38,26 @@ class Simulation:
         """Seconds for documents that need so many tokens each, answers included."""
         waiting = deque(needs)
         while waiting or self.left:
-            found = self._next(waiting)
-            if found is None:
+            full = len(self.left) == len(self.sizes)
+            index = None if full else first_with_place(waiting, self._has_place)
+            if index is None:
                 self._step(1.0)
             else:
-                index, place = found
                 tokens = waiting[index]
                 del waiting[index]
-                self._prefill(place, tokens)
+                self._prefill(tokens)
         return self.seconds
 
-    def _next(self, waiting: deque[int]) -> tuple[int, int] | None:
-        """Which of those that wait goes on, and into which place."""
-        if len(self.left) == len(self.sizes):
-            return None
-        for index, tokens in enumerate(islice(waiting, LOOKED_AT)):
-            place = self._place_for(tokens)
-            if place is not None:
-                return index, place
-        return None
+    def _has_place(self, tokens: int) -> bool:
+        return self._place_for(tokens) is not None
 
     def _place_for(self, tokens: int) -> int | None:
         largest = max(self.sizes)  # a document that no place holds takes the largest
         return smallest_free(self.sizes, self.left, min(tokens, largest))
 
-    def _prefill(self, place: int, tokens: int) -> None:
+    def _prefill(self, tokens: int) -> None:
+        place = self._place_for(tokens)
+        assert place is not None
         prompt = max(1, tokens - self.new_tokens)
         self.pace.begin(prompt, self.new_tokens, self.left.values())
         work, done = prompt * self.speeds.prefill, 0.0

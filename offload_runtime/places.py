@@ -21,7 +21,6 @@ PLACE_STEP_TOKENS = 4096  # places are rounded up to it: a page of managed memor
 SPARES = (2, 1, 0)
 SIMULATED = 48  # documents: some rounds of every place, in a tenth of a second
 
-
 PlanOf = Callable[[int, int], Plan]  # (places, spare of place_sizes) -> their plan
 
 
@@ -60,13 +59,14 @@ def best_fitting(plan_of: PlanOf, places: int) -> Plan:
 
 def choose_places(plan_of: PlanOf, weights: Weights, work: Work) -> Plan:
     """Of plans that fit, with at most 12 places, that of the shortest predicted job; one place at least."""
-    best, best_s, steps = plan_of(1, 0), 0.0, list[float]()
-    for places in range(1, min(MOST_PLACES, len(work.bounds)) + 1):
+    best, steps = best_fitting(plan_of, 1), list[float]()
+    best_s = job_seconds(best, weights, work, steps)
+    for places in range(2, min(MOST_PLACES, len(work.bounds)) + 1):
         plan = best_fitting(plan_of, places)
-        if places > 1 and not plan.fits:
+        if not plan.fits:
             break
         seconds = job_seconds(plan, weights, work, steps)
-        if places == 1 or seconds < WORTH * best_s:
+        if seconds < WORTH * best_s:
             best, best_s = plan, seconds
     return best
 

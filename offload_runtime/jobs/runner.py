@@ -70,7 +70,7 @@ class JobRun:
 
         def results(stop: StopRequest) -> Iterator[list[Outcome]]:
             worker = Worker(self.job, model, on_document, lambda: stop.asked)
-            for outcome in worker.work(until(stop, self.left)):
+            for outcome in worker.work(self.left):
                 yield [outcome]
 
         return self.collect(results, watchers)
@@ -129,14 +129,6 @@ class JobRun:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def until(stop: StopRequest, sources: Iterable[Source]) -> Iterator[Source]:
-    """The documents until SIGTERM asks to stop; those begun are finished."""
-    for source in sources:
-        if stop.asked:
-            return
-        yield source
 
 
 def run_job(job: Job, model: Answerer, watchers: Sequence[Watcher] = ()) -> Summary:

@@ -4,11 +4,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from typing import Any
 
 from ..errors import RunError
-from ..free_place import LOOKED_AT
+from ..free_place import LOOKED_AT, first_with_place
 from .answers import Answer, Answerer, total_cost
 from .documents import Source
 from .errors import DocumentError, InputChanged
@@ -72,7 +71,8 @@ class Worker:
     Outcomes come in the order of completion, which with one place is the documents'. Where places are
     of different sizes, a prompt that finds none free is overtaken by one of the next few that does.
 
-    stopping: asked before a prompt is started; when it says yes, documents that were only read are dropped.
+    stopping: asked before a prompt is started or a document read; when it says yes, no more are read and
+    those that were only read are dropped, while those begun are finished.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class Worker:
             more = True
             while len(self.running) < self.model.places and (self.waiting or more):
                 if self.stopping():
+                    more = False
                     self._drop_unbegun()
                 index = self._next()
                 if index is not None:
@@ -110,12 +111,7 @@ class Worker:
         """Which of the waiting prompts may start now: the first one that finds a place of its size."""
         if not self.waiting or self._somebody_is_alone():
             return 0 if self.waiting and not self.running else None
-        for index, request in enumerate(islice(self.waiting, LOOKED_AT)):
-            if request.alone:
-                return None  # what comes after it has to wait for it
-            if self._has_room(request):
-                return index
-        return None
+        return first_with_place(self.waiting, self._has_room)
 
     def _somebody_is_alone(self) -> bool:
         return any(request.alone for request in (*self.running.values(), *list(self.waiting)[:1]))
