@@ -27,15 +27,15 @@ LOG_COLUMNS = 140  # of a table that goes to a file or a pipe
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What the command line asked for; lists are still comma-separated text."""
+    """What the command line asked for, by its options' names; lists are still comma-separated text."""
 
     suite: str
     source: ModelSource  # how every model is loaded
-    models: str | None
-    ctxs: str
-    budgets: str
+    model: str | None
+    ctx: str
+    budget: str
     channels: str | None
-    bits: str
+    label_bits: str
     prefetch: str
     new_rows: str
     calibration: str | None
@@ -47,8 +47,10 @@ class EvalRequest:
 
 def run_eval(request: EvalRequest) -> None:
     """Check, compute what is missing, then write OUT/SUITE.jsonl, SUITE.json and the pictures."""
-    settings = make_grid(request.budgets, request.channels, request.bits, request.prefetch, request.new_rows)
-    ctxs = lengths(request.ctxs)
+    settings = make_grid(
+        request.budget, request.channels, request.label_bits, request.prefetch, request.new_rows
+    )
+    ctxs = lengths(request.ctx)
     suite = choose(request.suite, request.wanted)
     check_quality(request)
     choose_device(request.source.device)
@@ -66,7 +68,7 @@ def run_eval(request: EvalRequest) -> None:
     quiet_unless_terminal()
     works = plan_work(suite, models, ctxs, settings, known)
     if not works:
-        raise UserError(f"no case fits into --ctx {request.ctxs}; raise it or give shorter cases")
+        raise UserError(f"no case fits into --ctx {request.ctx}; raise it or give shorter cases")
     report = suite.report(run(suite, works, known, console), request.out)
     summary = request.out / f"{suite.name}.json"
     write_json(summary, {"suite": suite.name, **versions(), "lines": report.lines})
@@ -94,7 +96,7 @@ def open_models(request: EvalRequest) -> list[EvalModel]:
     """Every model's config and tokenizer; UserError when two would have one name in the results."""
     source = request.source
     file = None if request.calibration is None else Path(request.calibration)
-    names = [source.name_or_path] if request.models is None else words(request.models, "--model")
+    names = [source.name_or_path] if request.model is None else words(request.model, "--model")
     models = [
         EvalModel(
             replace(source, name_or_path=name), request.wanted.seed, request.calibrate_on, request.out, file
