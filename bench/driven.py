@@ -11,6 +11,7 @@ from offload_runtime.cache.layer_cache import PREDICTED, TRUE, LayerCache
 from offload_runtime.cache.window_cache import WindowCache
 from offload_runtime.calibration import Calibration
 from offload_runtime.config import DEFAULT_LABEL_CHANNELS, RuntimeConfig
+from offload_runtime.input_guess import Guesses, guess_rank
 from offload_runtime.kernels.residency import FROM_PREDICTION, HITS, SELECTED
 from offload_runtime.session import Session
 
@@ -193,4 +194,15 @@ def unit_calibration(adapter: ModelAdapter) -> Calibration:
         key_mean=torch.zeros(layers, adapter.kv_heads, dim, device=adapter.device),
         unpredicted_layers=(0,),
         provenance={},
+        guesses=faint_guesses(adapter),
     )
+
+
+def faint_guesses(adapter: ModelAdapter) -> Guesses:
+    """Guesses that cost what a calibration's do and change nothing: random layers have no step to guess."""
+    layers, width = len(adapter.layers), adapter.shape.hidden
+    rank = guess_rank(width)
+    down = torch.ones(layers, width, rank, dtype=adapter.dtype, device=adapter.device)
+    up = torch.full((layers, rank, width), 1e-30, dtype=adapter.dtype, device=adapter.device)
+    up[0] = 0
+    return Guesses(torch.zeros(layers, width, device=adapter.device), down, up)

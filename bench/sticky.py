@@ -20,9 +20,9 @@ import torch
 from offload_runtime.adapter import AttentionCall, ModelAdapter
 from offload_runtime.bench.label_mass import SHARE
 from offload_runtime.bench.machine import machine
-from offload_runtime.bench.prediction import run
 from offload_runtime.calibration import Calibration
 from offload_runtime.calibration_collect import group_masses, grouped_products, make_blocks
+from offload_runtime.calibration_guess import watch
 from offload_runtime.calibration_mass import RECENT, SINKS
 from offload_runtime.devices import choose_device
 from offload_runtime.evals.cases import Tokens
@@ -101,7 +101,7 @@ def measure(
         layers.append(row)
         print(f"layer {index}", flush=True)
 
-    run(adapter, ids, lambda *_: None, handle)
+    watch(adapter, ids, lambda *_: None, handle)
     return layers
 
 

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from .architectures import length_rotary, rotary_kinds
 from .errors import UserError
 from .forwards import replaced
+from .input_guess import InputCorrection
 from .model_check import check_config
 
 IMPLEMENTATION = "ds_offload"
@@ -187,12 +188,25 @@ class ModelAdapter:
                 f"config says {self.windows[index] or 'all'}"
             )
 
+    def normed_input(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What layer `index`'s attention module would be given for an input [..., E]."""
+        norm = getattr(self.layers[index], "input_layernorm", None)
+        return hidden if norm is None else norm(hidden)
+
     def predicted_query(
-        self, index: int, hidden: torch.Tensor, keywords: dict[str, Any]
+        self,
+        index: int,
+        hidden: torch.Tensor,
+        keywords: dict[str, Any],
+        correction: InputCorrection | None = None,
     ) -> tuple[torch.Tensor, float]:
         """Layer `index`'s query [B, Hq, T, D] and softmax scale, from its predecessor's input [B, T, E]."""
-        layer, attention = self.layers[index], self.attentions[index]
-        norm = getattr(layer, "input_layernorm", None)
+        attention = self.attentions[index]
+        if correction is not None:
+            hidden = correction.shift_input(index, hidden)
+        normed = self.normed_input(index, hidden)
+        if correction is not None:
+            normed = correction.guess(index, normed)
         handler = attention.offload_handler
         kind = self.rotary_kinds[index]
         if kind is not None and kind != self.rotary_kinds[index - 1]:
@@ -203,7 +217,7 @@ class ModelAdapter:
         unused: list[Any] = [part for part in projections if hasattr(part, "out_features")]
         try:
             with replaced([(projection, unfilled_output(projection)) for projection in unused]):
-                attention(hidden_states=hidden if norm is None else norm(hidden), **keywords)
+                attention(hidden_states=normed, **keywords)
         except QueryReady as ready:
             return ready.query, ready.scale
         finally:

@@ -14,6 +14,7 @@ from .calibration import Calibration, config_facts
 from .calibration_channels import published_maps
 from .calibration_collect import Collection, collect, make_blocks, make_calibration, provenance_of
 from .calibration_file import CALIBRATION_FILE
+from .calibration_guess import guess_units, with_guesses
 from .calibration_learned import DOCUMENT_TOKENS, DOCUMENTS, learn
 from .calibration_maps import METHODS, check_request
 from .calibration_progress import Progress
@@ -51,10 +52,10 @@ def calibrate(
     method: one of METHODS; channels: R. out: default calibration.safetensors in the
     model's directory. tokens: how many of the text's tokens to run, in blocks spread
     over it; "learned" reads up to 98,304 more. A run that was stopped goes on where it was
-    when it is started again with the same settings, but for what "learned" does after the
-    blocks. progress(done, total) counts layers x blocks, and layers learned. channels_from: a
-    JSON file of channels as Double Sparsity publishes them; a text is then optional,
-    and tells which layers to predict. dtype, rope_scaling, quantize, hub (gguf_file, revision,
+    when it is started again with the same settings, but for the guesses and what "learned" does
+    after the blocks. progress(done, total) counts layers x blocks, once more for the guesses, and
+    layers learned. channels_from: a JSON file of channels as Double Sparsity publishes them; a text is then
+    optional, and tells which layers to predict. dtype, rope_scaling, quantize, hub (gguf_file, revision,
     token, trust_remote_code): as in load_model. UserError in one line.
     """
     if method not in METHODS:
@@ -121,23 +122,29 @@ def calibrate_text(
         "seed": str(seed),
     }
     layers, learns = len(adapter.layers), method == "learned"
-    units = layers * len(blocks)
+    units, guess_seen = layers * len(blocks), guess_units(adapter, len(blocks))
+    reported = 0
 
     def report(done: int, _: int = 0) -> None:
+        nonlocal reported
+        reported = done
         if progress is not None:
-            progress(done, units + layers * learns)
+            progress(done, units + guess_seen + layers * learns)
 
     if resumable_at is None:
         collection = collect(adapter, blocks, room, seed, report)
     else:
         collection = collect_resumably(adapter, blocks, room, seed, report, side_file(resumable_at, facts))
     made = make_calibration(adapter, collection, channels, method, facts)
+    made = with_guesses(made, adapter, blocks, lambda: report(reported + 1))
     if not learns:
         return made
     # Two at least, of the tokens that there are.
     length = max(1, min(DOCUMENT_TOKENS, room - len(prefix), -(-len(ids) // 2)))
     documents = make_blocks(ids, prefix, DOCUMENTS * length, length, seed)
-    return with_learned_maps(made, adapter, documents, room, seed, lambda done: report(units + done))
+    return with_learned_maps(
+        made, adapter, documents, room, seed, lambda done: report(units + guess_seen + done)
+    )
 
 
 def with_learned_maps(

@@ -19,6 +19,7 @@ from safetensors.torch import save as to_bytes
 from .calibration_maps import METHODS, calibrate_layer, label_maps
 from .calibration_mass import MassCurve
 from .errors import RunError, UserError
+from .input_guess import Guesses
 
 __all__ = ["METHODS", "Calibration", "calibrate_layer", "config_facts", "config_hash", "label_maps"]
 
@@ -45,7 +46,8 @@ class Calibration:
     poor, layer 0 always. provenance: model, config (JSON), config_hash, text_hash,
     tokens, method, label_channels, versions, date. mass_curve: what budgets hold, where
     it was measured. input_shift [L, E] float32: how far a layer's input is from the layer before's on
-    average, which the layer's prediction adds (calibration_shift.py); zero or None: nothing to add.
+    average, which the layer's prediction adds (calibration_shift.py); zero or None: nothing to add. guesses:
+    of what that layer changes, by the prediction's input (calibration_guess.py), bfloat16 in the file.
     """
 
     query_map: torch.Tensor
@@ -55,12 +57,17 @@ class Calibration:
     provenance: dict[str, str]
     mass_curve: MassCurve | None = None
     input_shift: torch.Tensor | None = None
+    guesses: Guesses | None = None
 
     def save(self, path: str | Path) -> None:
         """Write the safetensors file whole or not at all; RunError when that fails."""
         tensors = {name: getattr(self, name).float().cpu().contiguous() for name in TENSORS}
         if self.input_shift is not None:
             tensors[SHIFT] = self.input_shift.float().cpu().contiguous()
+        if self.guesses is not None:
+            for name in GUESS:
+                part = getattr(self.guesses, name.removeprefix("guess_"))
+                tensors[name] = part.bfloat16().cpu().contiguous()
         layers = ",".join(map(str, self.unpredicted_layers))
         metadata = {**self.provenance, "unpredicted_layers": layers}
         if self.mass_curve is not None:
@@ -82,7 +89,11 @@ class Calibration:
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in TENSORS}
-                shift = file.get_tensor(SHIFT) if SHIFT in file.keys() else None  # noqa: SIM118
+                names = set(file.keys())
+                shift = file.get_tensor(SHIFT) if SHIFT in names else None
+                guesses = None
+                if GUESS[0] in names:
+                    guesses = Guesses(*(file.get_tensor(name).float() for name in GUESS))
                 metadata = dict(file.metadata() or {})
                 contexts = metadata.pop(CONTEXTS, None)
                 curve = None
@@ -102,6 +113,7 @@ class Calibration:
             provenance=metadata,
             mass_curve=curve,
             input_shift=shift,
+            guesses=guesses,
         )
 
     def check(self, config: Any) -> None:
@@ -130,6 +142,7 @@ class Calibration:
 
 TENSORS = ("query_map", "key_map", "key_mean")
 SHIFT = "input_shift"
+GUESS = ("guess_offset", "guess_down", "guess_up")
 HELD_MASS, CONTEXTS = "held_mass", "held_mass_contexts"  # a mass curve's tensor and metadata
 
 

@@ -14,6 +14,7 @@ from .cache.layer_cache import BatchState, LayerCache
 from .cache.window_cache import WindowCache
 from .capture import capture
 from .fusion import Fusion
+from .input_guess import InputCorrection
 from .model_check import first_line
 from .prefetch.scheduler import Prefetcher
 
@@ -141,17 +142,12 @@ class DecodeLoop:
 
 
 def query_predictor(
-    adapter: ModelAdapter, shifted: frozenset[int], input_shift: torch.Tensor
+    adapter: ModelAdapter, correction: InputCorrection
 ) -> Callable[..., tuple[torch.Tensor, float]]:
-    """The prefetcher's view of the adapter: one predicted query [B, Hq, D] and its scale.
-
-    input_shift [L, E]: what the layer before adds to its input on average, for the layers `shifted`.
-    """
+    """The prefetcher's view of the adapter: one predicted query [B, Hq, D] and its scale."""
 
     def predict(index: int, hidden: torch.Tensor, keywords: dict[str, Any]) -> tuple[torch.Tensor, float]:
-        if index in shifted:
-            hidden = hidden + input_shift[index].to(hidden.dtype)
-        query, scale = adapter.predicted_query(index, hidden, keywords)
+        query, scale = adapter.predicted_query(index, hidden, keywords, correction)
         return query[:, :, 0], scale
 
     return predict

@@ -30,10 +30,3 @@ def predicted_layers(
         return frozenset()
     excluded = {0, *calibration.unpredicted_layers}
     return frozenset(offloaded) - excluded
-
-
-def shifted_layers(calibration: Calibration) -> frozenset[int]:
-    """Layers whose prediction starts from a shifted input."""
-    if calibration.input_shift is None:
-        return frozenset()
-    return frozenset(calibration.input_shift.any(-1).nonzero().flatten().tolist())

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from .cache.layout import KVLayout
 from .config import DEFAULT_LABEL_CHANNELS, RuntimeConfig, parse_budget
 from .errors import RunError
+from .input_guess import guess_bytes
 from .layouts import make_layout
 from .memory import FreeMemory
 from .model_check import ModelShape, check_config
@@ -268,10 +269,13 @@ def needs_for(
 
 
 def workspace_bytes(shape: ModelShape, layout: KVLayout, config: RuntimeConfig) -> int:
-    """Decode scratch: what the layers share, one step's logits, a layer's last selections if sticky."""
+    """Decode scratch: what the layers share, one step's logits, a layer's last selections if sticky, and
+    what a calibration may know of predictions."""
     logits = 3 * layout.batch * shape.vocab * 4  # float32: logits, processed scores, probabilities
     sticky = 0 if config.entering(layout.budget) is None else layout.layers * layout.history_bytes
-    return layout.workspace_bytes + sticky + logits
+    predicts = config.prefetch != "off"
+    guesses = guess_bytes(shape.layers, shape.hidden, shape.dtype.itemsize) if predicts else 0
+    return layout.workspace_bytes + sticky + logits + guesses
 
 
 def require(plan: Plan) -> None:

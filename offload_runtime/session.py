@@ -16,7 +16,8 @@ from .calibration import Calibration
 from .calibration_collect import calibrate_prompt
 from .config import DEFAULT_LABEL_CHANNELS, RuntimeConfig, label_width
 from .decode import DecodeLoop, query_predictor
-from .layer_settings import head_budgets, predicted_layers, shifted_layers
+from .input_guess import InputCorrection
+from .layer_settings import head_budgets, predicted_layers
 from .layouts import make_layout
 from .prefetch.scheduler import Prefetcher
 from .prefill import KEEP_SLOTS_TOKENS, PrefillRun, Progress
@@ -58,17 +59,13 @@ class Session:
         active = torch.ones(batch, dtype=torch.int32, device=device)
         self.state = BatchState(integers(batch), integers(batch), integers(1), active)
         self.memory = memory or RowMemory(device)
-        self.shifted = shifted_layers(calibration)
-        # In place for good, as the label maps are: a captured graph reads it.
-        self.input_shift = torch.zeros(
-            len(adapter.layers), adapter.shape.hidden, dtype=adapter.dtype, device=device
-        )
+        self.correction = InputCorrection(calibration.input_shift, calibration.guesses, adapter.dtype, device)
         self.caches = [self._make_cache(window) for window in biting(adapter.windows, capacity)]
         self.offloaded = {i: cache for i, cache in enumerate(self.caches) if isinstance(cache, LayerCache)}
         self.prefetcher = Prefetcher(
             self.layout,
             self.offloaded,
-            query_predictor(adapter, self.shifted, self.input_shift),
+            query_predictor(adapter, self.correction),
             predicted_layers(config, calibration, self.offloaded),
             config.prefetch == "predict",
             device,
@@ -96,19 +93,18 @@ class Session:
     def calibrate(self, calibration: Calibration) -> None:
         """Give every offloaded layer its label maps; labels made before are of no use afterwards."""
         self.calibration = calibration
-        if calibration.input_shift is None:
-            self.input_shift.zero_()
-        else:
-            self.input_shift.copy_(calibration.input_shift)
+        self.correction.set(calibration.input_shift, calibration.guesses)
         for index, cache in self.offloaded.items():
             maps = (calibration.query_map, calibration.key_map, calibration.key_mean)
             cache.maps.set(*(part[index] for part in maps))
 
     def accepts(self, calibration: Calibration) -> bool:
-        """Whether calibrate() is enough to use it: the same label channels, predicted and shifted layers."""
+        """Whether calibrate() is enough to use it: as many label channels, the same layers predicted and
+        corrected."""
         channels = label_width(calibration.key_map.shape[2])
         predicted = predicted_layers(self.config, calibration, self.offloaded)
-        alike = predicted == self.prefetcher.predicted_layers and shifted_layers(calibration) == self.shifted
+        alike = predicted == self.prefetcher.predicted_layers
+        alike = alike and self.correction.accepts(calibration.input_shift, calibration.guesses)
         return alike and channels == self.layout.label_channels
 
     def clear(self) -> None:

@@ -8,7 +8,7 @@ import torch
 from offload_runtime.adapter import ModelAdapter
 from offload_runtime.calibration_collect import Collection, calibrate_prompt
 from offload_runtime.calibration_shift import SKIPPED_TOKENS, ShiftSums
-from offload_runtime.layer_settings import shifted_layers
+from offload_runtime.input_guess import InputCorrection, shifted_layers
 
 from .models import identity_calibration, logits_of, offloaded, random_ids, random_llama
 
@@ -62,7 +62,7 @@ def test_a_calibration_has_the_shift_of_its_text(monkeypatch):
     moved = (inputs[1] - inputs[0])[SKIPPED_TOKENS:].mean(0)
     torch.testing.assert_close(made.input_shift[1], moved, rtol=1e-4, atol=1e-5)
     assert not made.input_shift[[0, 2]].any()
-    assert shifted_layers(made) == {1}
+    assert shifted_layers(made.input_shift) == {1}
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -77,13 +77,13 @@ def test_predictions_start_from_the_shifted_input(known, monkeypatch):
     runtime.calibration = calibration
     asked: list[tuple[int, torch.Tensor]] = []
     inputs: dict[int, torch.Tensor] = {}
-    plain = ModelAdapter.predicted_query
+    plain = InputCorrection.shift_input
 
-    def watched(self, index, hidden, keywords):
-        asked.append((index, hidden))
-        return plain(self, index, hidden, keywords)
+    def watched(self, index, hidden):
+        asked.append((index, plain(self, index, hidden)))
+        return asked[-1][1]
 
-    monkeypatch.setattr(ModelAdapter, "predicted_query", watched)
+    monkeypatch.setattr(InputCorrection, "shift_input", watched)
     runtime.generate(ids, max_new_tokens=2, do_sample=False)  # one step
     hooks = [
         layer.register_forward_pre_hook(lambda _, arguments, i=index: inputs.__setitem__(i, arguments[0]))

@@ -3,9 +3,9 @@
 import torch
 
 from offload_runtime.adapter import ModelAdapter
-from offload_runtime.bench.prediction import run
 from offload_runtime.bench.sticky import VARIANTS, label_scores, masses, means, measure, select
 from offload_runtime.calibration_collect import calibrate_prompt
+from offload_runtime.calibration_guess import watch
 
 from .models import random_ids, random_llama
 
@@ -38,7 +38,7 @@ def test_labels_of_full_width_score_as_keys_do():
             exact = mass[:, step].masked_fill(~far[step], -1).topk(10).values
             calls[index, step] = (mass[:, step].gather(1, order), exact)
 
-    run(adapter, ids[0], lambda *_: None, look)
+    watch(adapter, ids[0], lambda *_: None, look)
     for found, exact in calls.values():
         torch.testing.assert_close(found.sum(-1), exact.sum(-1), rtol=1e-3, atol=1e-5)
 

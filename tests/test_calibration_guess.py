@@ -1,0 +1,237 @@
+"""What a layer changes in the next one's input, guessed: the regression, who gets a guess, who uses it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from offload_runtime import calibration_guess
+from offload_runtime.adapter import ModelAdapter
+from offload_runtime.calibration import Calibration
+from offload_runtime.calibration_collect import calibrate_prompt
+from offload_runtime.calibration_guess import (
+    Regression,
+    guess_units,
+    keep_better,
+    measure_recalls,
+    query_metric,
+    stacked,
+    turns_of,
+    watch,
+    with_guesses,
+)
+from offload_runtime.input_guess import Guesses, InputCorrection
+
+from .models import identity_calibration, logits_of, offloaded, random_ids, random_llama
+
+CPU = torch.device("cpu")
+
+
+def guessed(parts, known: torch.Tensor) -> torch.Tensor:
+    offset, down, up = parts
+    return known + offset + known @ down @ up
+
+
+def some_guesses(layers: int, width: int, rank: int = 4) -> Guesses:
+    draw = torch.Generator().manual_seed(1)
+    shapes = ((layers, width), (layers, width, rank), (layers, rank, width))
+    offset, down, up = (torch.randn(shape, generator=draw) * 0.3 for shape in shapes)
+    up[0] = down[0] = offset[0] = 0
+    return Guesses(offset, down, up)
+
+
+def test_a_guess_is_the_best_of_its_rank():
+    """What is missing is affine of rank 3 here: rank 3 finds it all, a smaller one less."""
+    torch.manual_seed(0)
+    known = torch.randn(400, 24) + torch.randn(24)
+    missing = known @ (torch.randn(24, 3) @ torch.randn(3, 24)) + torch.randn(24)
+    fitted = Regression.of(known[:200], known[:200] + missing[:200])
+    fitted.add(Regression.of(known[200:], known[200:] + missing[200:]))
+    unit = torch.eye(24)
+    errors = {
+        rank: float((guessed(fitted.solve(rank, unit, CPU), known) - known - missing).norm())
+        for rank in (1, 2, 3, 24)
+    }
+    assert errors[1] > errors[2] > 10 * errors[3]
+    assert errors[3] < 0.02 * float(missing.norm())
+    torch.testing.assert_close(errors[3], errors[24], rtol=0.05, atol=1e-3)
+
+
+def test_the_rank_goes_where_the_metric_looks():
+    """Of two things missing, the smaller one is what the query sees."""
+    torch.manual_seed(0)
+    known = torch.randn(400, 16)
+    missing = torch.zeros(400, 16)
+    missing[:, 0], missing[:, 1] = 10 * known[:, 2], known[:, 3]
+    fitted = Regression.of(known, known + missing)
+    metric = torch.eye(16) * 1e-6
+    metric[1, 1] = 1.0
+    found = guessed(fitted.solve(1, metric, CPU), known) - known
+    torch.testing.assert_close(found[:, 1], missing[:, 1], rtol=0.05, atol=0.05)
+    plain = guessed(fitted.solve(1, torch.eye(16), CPU), known) - known
+    torch.testing.assert_close(plain[:, 0], missing[:, 0], rtol=0.05, atol=0.05)
+    assert float(plain[:, 1].abs().max()) < 0.2
+
+
+def test_the_metric_is_the_query_projections_where_it_can_be_read():
+    adapter = ModelAdapter(random_llama())
+    width = adapter.shape.hidden
+    weights = adapter.attentions[1].q_proj.weight.detach()
+    error = torch.randn(width)
+    seen = float(error @ query_metric(adapter, 1, width) @ error)
+    expected = float((weights @ error).square().sum())
+    assert expected < seen < 1.01 * expected + 1e-2 * float(error.square().sum())
+    adapter.attentions[1].q_proj = torch.nn.Identity()  # as where queries come from a fused projection
+    assert torch.equal(query_metric(adapter, 1, width), torch.eye(width))
+
+
+def test_the_own_input_predicts_all():
+    """Corrected to the layer's true input, a prediction is the query itself."""
+    adapter, ids = ModelAdapter(random_llama()), random_ids(200)[0]
+    inputs: dict[int, torch.Tensor] = {}
+    watch(adapter, ids, lambda index, hidden, *_: inputs.__setitem__(index, hidden.clone()), lambda *_: None)
+
+    def predict(index, before, keywords):
+        kinds = {"true": inputs[index][None], "before": before}
+        return {name: adapter.predicted_query(index, hidden, keywords)[0] for name, hidden in kinds.items()}
+
+    recalls = measure_recalls(adapter, ids, predict)
+    assert [layer["true"] for layer in recalls.values()] == [1.0, 1.0]
+    assert all(layer["before"] < 1 for layer in recalls.values())
+
+
+def test_a_calibration_gets_guesses_that_help(tmp_path):
+    """Layers of a random model add little that is foreseeable; this one's always add the same direction."""
+    model = random_llama()
+    width = model.config.hidden_size
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data *= 0.1
+        layer.register_forward_hook(lambda module, arguments, out: out + torch.linspace(-1, 1, width))
+    adapter = ModelAdapter(model)
+    blocks = [random_ids(400, seed=seed)[0] for seed in range(3)]
+    made = calibrate_prompt(adapter, blocks[0], 16, positions=4096)
+    seen: list[int] = []
+    better = with_guesses(made, adapter, blocks, lambda: seen.append(1))
+    assert len(seen) == guess_units(adapter, len(blocks)) == 3 * 3
+    assert better.guesses.layers
+    assert 0 not in better.guesses.layers
+    before, after = (c.provenance["prediction_recall"].split(",") for c in (made, better))
+    for index in better.guesses.layers:
+        assert (float(after[index]) < 0.5) == (index in better.unpredicted_layers)
+    assert before != after
+    assert torch.equal(better.key_map, made.key_map)
+    better.save(tmp_path / "c.safetensors")
+    loaded = Calibration.load(tmp_path / "c.safetensors")
+    for name in ("offset", "down", "up"):
+        torch.testing.assert_close(
+            getattr(loaded.guesses, name), getattr(better.guesses, name), rtol=0.01, atol=1e-4
+        )
+
+
+def test_moments_of_many_layers_are_taken_in_turns(monkeypatch):
+    """In one turn or layer by layer, the calibration is the same."""
+    adapter = ModelAdapter(random_llama())
+    blocks = [random_ids(300, seed=seed)[0] for seed in range(2)]
+    made = calibrate_prompt(adapter, blocks[0], 16, positions=4096)
+    monkeypatch.setattr(calibration_guess, "keep_better", lambda made, guesses, recalls: guesses)
+    whole = with_guesses(made, adapter, blocks, lambda: None)
+    monkeypatch.setattr(calibration_guess, "MOMENT_BYTES", 1)
+    assert turns_of(3, adapter.shape.hidden) == [range(1, 2), range(2, 3)]
+    parts = with_guesses(made, adapter, blocks, lambda: None)
+    assert all(torch.equal(getattr(whole, name), getattr(parts, name)) for name in ("offset", "down", "up"))
+
+
+def test_one_block_guesses_nothing():
+    adapter = ModelAdapter(random_llama())
+    made = calibrate_prompt(adapter, random_ids(300)[0], 16, positions=4096)
+    assert with_guesses(made, adapter, [random_ids(300)[0]], lambda: None) is made
+    assert guess_units(adapter, 1) == 0
+
+
+def test_only_guesses_that_help_are_kept_and_their_shifts_go():
+    model = random_llama()
+    shift = torch.ones(3, model.config.hidden_size)
+    shift[0] = 0
+    made = replace(
+        identity_calibration(model),
+        input_shift=shift,
+        unpredicted_layers=(0, 1, 2),
+        provenance={"prediction_recall": "0.000,0.300,0.400"},
+    )
+    guesses = some_guesses(3, model.config.hidden_size)
+    found = keep_better(made, guesses, {1: {"plain": 0.3, "guess": 0.8}, 2: {"plain": 0.4, "guess": 0.4}})
+    assert found.guesses.layers == {1}
+    assert found.input_shift.any(-1).tolist() == [False, False, True]
+    assert found.unpredicted_layers == (0, 2)
+    assert found.provenance["prediction_recall"] == "0.000,0.800,0.400"
+    assert keep_better(made, guesses, {1: {"plain": 0.3, "guess": 0.2}}) is made
+
+
+def test_layers_without_parts_are_zero():
+    parts = (torch.ones(8), torch.ones(8, 2), torch.ones(2, 8))
+    guesses = stacked({2: parts}, 3)
+    assert guesses.layers == {2}
+    assert guesses.rank == 2
+    assert guesses.offset.shape == (3, 8)
+
+
+def test_a_correction_takes_other_values_for_the_same_layers_only():
+    guesses = some_guesses(3, 8)
+    correction = InputCorrection(None, guesses, torch.float32, CPU)
+    other = some_guesses(3, 8)
+    other.up.mul_(2)
+    assert correction.accepts(None, other)
+    correction.set(None, other)
+    rows = torch.randn(2, 1, 8)
+    expected = rows + other.offset[1] + rows @ other.down[1] @ other.up[1]
+    torch.testing.assert_close(correction.guess(1, rows), expected)
+    assert torch.equal(correction.guess(0, rows), rows)
+    assert not correction.accepts(None, some_guesses(3, 8, rank=2))
+    assert not correction.accepts(torch.ones(3, 8), guesses)
+    assert not correction.accepts(None, None)
+    assert InputCorrection(None, None, torch.float32, CPU).accepts(None, None)
+
+
+@pytest.mark.parametrize("mode", ["correct", "predict"])
+def test_predictions_start_from_the_guess(mode, monkeypatch):
+    model, ids = random_llama(), random_ids(120)
+    guesses = some_guesses(3, model.config.hidden_size)
+    runtime = offloaded(model, budget=24, prefetch=mode)
+    runtime.calibration = replace(identity_calibration(model), guesses=guesses)
+    runtime.generate(ids, max_new_tokens=2, do_sample=False)
+    given: dict[int, torch.Tensor] = {}
+    inputs: dict[int, torch.Tensor] = {}
+    norms = [layer.input_layernorm for layer in model.model.layers]
+    plain = InputCorrection.guess
+
+    def watched(self, index, normed):
+        given[index] = normed
+        out = plain(self, index, normed)
+        expected = guessed((guesses.offset[index], guesses.down[index], guesses.up[index]), normed)
+        torch.testing.assert_close(out, expected)
+        return out
+
+    monkeypatch.setattr(InputCorrection, "guess", watched)
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, arguments, i=index: inputs.__setitem__(i, arguments[0]))
+        for index, layer in enumerate(model.model.layers)
+    ]
+    runtime._session.step(torch.tensor([5]))
+    for hook in hooks:
+        hook.remove()
+    assert sorted(given) == [1, 2]
+    for index, normed in given.items():
+        torch.testing.assert_close(normed, norms[index](inputs[index - 1]))
+
+
+def test_a_guess_changes_no_bit_of_correct():
+    model, ids = random_llama(), random_ids(300)
+    calibration = replace(identity_calibration(model), guesses=some_guesses(3, model.config.hidden_size))
+
+    def logits(prefetch: str) -> torch.Tensor:
+        runtime = offloaded(model, budget=24, prefetch=prefetch)
+        runtime.calibration = calibration
+        return logits_of(runtime.generate, ids, 8)[1]
+
+    assert torch.equal(logits("correct"), logits("off"))
+    assert not torch.equal(logits("predict"), logits("off"))
