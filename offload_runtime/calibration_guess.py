@@ -120,7 +120,7 @@ def watch(adapter: ModelAdapter, ids: torch.Tensor, observe: Observer, handle: C
 def measure_recalls(
     adapter: ModelAdapter, ids: torch.Tensor, predict: Predict
 ) -> dict[int, dict[str, float]]:
-    """By layer and name, the recall of predict(layer, the one before's input [1, T, E], keywords), ids [T]."""
+    """By layer and name, the recall of predict(layer, the one before's input [1, T, E], keywords), on ids."""
     places = torch.linspace(len(ids) * 3 // 4, len(ids) - 1, SAMPLED).long().to(adapter.device)
     asked: dict[int, dict[str, torch.Tensor]] = {}
     recalls: dict[int, dict[str, float]] = {}
