@@ -202,7 +202,7 @@ def faint_guesses(adapter: ModelAdapter) -> Guesses:
     """Guesses that cost what a calibration's do and change nothing: random layers have no step to guess."""
     layers, width = len(adapter.layers), adapter.shape.hidden
     rank = guess_rank(width)
-    down = torch.ones(layers, width, rank, dtype=adapter.dtype, device=adapter.device)
-    up = torch.full((layers, rank, width), 1e-30, dtype=adapter.dtype, device=adapter.device)
+    down = torch.ones(layers, rank, width, dtype=adapter.dtype, device=adapter.device)
+    up = torch.full((layers, width, rank), 1e-30, dtype=adapter.dtype, device=adapter.device)
     up[0] = 0
     return Guesses(torch.zeros(layers, width, device=adapter.device), down, up)

@@ -29,7 +29,7 @@ MOMENT_BYTES = (
 Observer = Callable[[int, torch.Tensor, torch.Tensor, dict[str, Any]], None]
 CallHandler = Callable[[int, AttentionCall], None]
 Predict = Callable[[int, torch.Tensor, dict[str, Any]], dict[str, torch.Tensor]]
-Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # offset [E], down [E, R], up [R, E]
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # offset [E], down [R, E], up [E, R]
 
 
 @dataclass
@@ -61,8 +61,9 @@ class Regression:
         root = torch.linalg.cholesky(metric.to(device).double())
         weighed = matrix @ root  # the guess as the metric sees it
         kept = top_directions(weighed.T @ spread @ weighed, rank)  # [E, R]
-        down, up = weighed @ kept, torch.linalg.solve_triangular(root, kept.T, upper=False, left=False)
-        offset = offset + mean @ (matrix - down @ up)
+        down = (weighed @ kept).T  # [R, E]
+        up = torch.linalg.solve_triangular(root, kept.T, upper=False, left=False).T  # [E, R]
+        offset = offset + mean @ (matrix - (up @ down).T)
         return offset.float().cpu(), down.float().cpu(), up.float().cpu()
 
 

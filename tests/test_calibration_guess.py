@@ -29,12 +29,12 @@ CPU = torch.device("cpu")
 
 def guessed(parts, known: torch.Tensor) -> torch.Tensor:
     offset, down, up = parts
-    return known + offset + known @ down @ up
+    return known + offset + known @ down.T @ up.T
 
 
 def some_guesses(layers: int, width: int, rank: int = 4) -> Guesses:
     draw = torch.Generator().manual_seed(1)
-    shapes = ((layers, width), (layers, width, rank), (layers, rank, width))
+    shapes = ((layers, width), (layers, rank, width), (layers, width, rank))
     offset, down, up = (torch.randn(shape, generator=draw) * 0.3 for shape in shapes)
     up[0] = down[0] = offset[0] = 0
     return Guesses(offset, down, up)
@@ -168,11 +168,20 @@ def test_only_guesses_that_help_are_kept_and_their_shifts_go():
 
 
 def test_layers_without_parts_are_zero():
-    parts = (torch.ones(8), torch.ones(8, 2), torch.ones(2, 8))
+    parts = (torch.ones(8), torch.ones(2, 8), torch.ones(8, 2))
     guesses = stacked({2: parts}, 3)
     assert guesses.layers == {2}
     assert guesses.rank == 2
     assert guesses.offset.shape == (3, 8)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_a_guess_of_a_few_tokens_and_of_many(device, tokens):
+    guesses = some_guesses(3, 96, rank=24)
+    correction = InputCorrection(None, guesses, torch.float32, torch.device(device))
+    rows = torch.randn(tokens, 1, 96)
+    expected = guessed((guesses.offset[2], guesses.down[2], guesses.up[2]), rows)
+    torch.testing.assert_close(correction.guess(2, rows.to(device)).cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_correction_takes_other_values_for_the_same_layers_only():
@@ -183,7 +192,7 @@ def test_a_correction_takes_other_values_for_the_same_layers_only():
     assert correction.accepts(None, other)
     correction.set(None, other)
     rows = torch.randn(2, 1, 8)
-    expected = rows + other.offset[1] + rows @ other.down[1] @ other.up[1]
+    expected = rows + other.offset[1] + rows @ other.down[1].T @ other.up[1].T
     torch.testing.assert_close(correction.guess(1, rows), expected)
     assert torch.equal(correction.guess(0, rows), rows)
     assert not correction.accepts(None, some_guesses(3, 8, rank=2))
@@ -224,8 +233,8 @@ def test_predictions_start_from_the_guess(mode, monkeypatch):
         torch.testing.assert_close(normed, norms[index](inputs[index - 1]))
 
 
-def test_a_guess_changes_no_bit_of_correct():
-    model, ids = random_llama(), random_ids(300)
+def test_a_guess_changes_no_bit_of_correct(device):
+    model, ids = random_llama(device=device), random_ids(300, device=device)
     calibration = replace(identity_calibration(model), guesses=some_guesses(3, model.config.hidden_size))
 
     def logits(prefetch: str) -> torch.Tensor:
