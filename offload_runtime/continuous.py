@@ -31,7 +31,7 @@ OnStage = Callable[[str, int, int], None]  # (stage, units done, units in all)
 # Chunks of a prefill launched ahead of the GPU. A decode step in the shadow of a prefill may take as
 # long as several chunks (8 to 30 ms each in the 8B shape, arithmetic); launching ahead takes no memory.
 AHEAD_CHUNKS = 8
-# Of the steps due beside a prefill: so many may come after its end. Pace asks for a quarter more than needed.
+# Of the steps due beside a prefill: so many may come after its end. Pace asks for 40% more than needed.
 MOST_LATE = 0.25
 
 
