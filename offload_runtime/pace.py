@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 # Prompts are not of one length: at the mean pace places are filled late. Simulated, 48 documents of 32K to
-# 128K tokens in eight places with room to spare, twelve draws: of 300 s, 15 are waited at 1.1, 10 at 1.25, 8 at
-# 1.4, 7 at 1.5, and steps that nobody waits for cost the prefills beside them as much from there on.
+# 128K tokens in eight places with room to spare, twelve draws: of 300 s, 15 are waited at 1.1, 10 at 1.25,
+# 8 at 1.4, 7 at 1.5, and from there on more steps cost prefills what less waiting gains.
 SLACK = 1.4
 
 
