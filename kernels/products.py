@@ -16,6 +16,7 @@ import triton.language as tl
 from torch.nn import functional
 
 MOST_MATRICES = 3
+LEAST_BLOCK = 16  # inputs that a matrix unit multiplies at once; with fewer the kernel does not compile
 MOST_TOKENS = 16  # the smallest tile of the matrix units; beyond it a product is not all reading
 
 
@@ -86,7 +87,7 @@ def meta(x: torch.Tensor, tokens: int, tile: Tile) -> dict[str, int]:
     return {
         "WIDTH": width,
         "ROWS": tile.rows,
-        "BLOCK": min(tile.block, triton.next_power_of_2(width)),
+        "BLOCK": max(LEAST_BLOCK, min(tile.block, triton.next_power_of_2(width))),
         "TOKENS_PAD": 1 if tokens == 1 else MOST_TOKENS,
         "UPCAST": x.dtype == torch.float32 or not x.is_cuda,  # the interpreter has no bfloat16 products
         "num_warps": tile.num_warps,

@@ -12,14 +12,14 @@ import importlib
 import json
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from offload_runtime.kernels.masked_prefill import TILES
-from offload_runtime.kernels.products import FEW_TOKENS, MOST_TOKENS, ONE_TOKEN, Tile
+from offload_runtime.kernels.products import FEW_TOKENS, LEAST_BLOCK, MOST_TOKENS, ONE_TOKEN, Tile
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,11 @@ CASES = [
     *(products("bf16", 4096, tile, one_token=True) for tile in ONE_TOKEN),
     *(products("fp16", 14336, tile, one_token=False, count=1) for tile in FEW_TOKENS),
     products("bf16", 3584, ONE_TOKEN[0], one_token=True, count=1),
+    products("bf16", 256, Tile(8, 256, 4), one_token=True, count=1),  # a guess (input_guess.py)
+    *(
+        replace(products("bf16", 4, Tile(8, LEAST_BLOCK, 4), one_token, count=1), wide=False)
+        for one_token in (True, False)
+    ),
     *(gated("bf16", 4096, tile, one_token=True, silu=True) for tile in ONE_TOKEN),
     *(gated("bf16", 3584, tile, one_token=False, silu=False) for tile in FEW_TOKENS),
     masked_prefill("bf16", 64, 64, window=False),

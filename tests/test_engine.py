@@ -55,6 +55,22 @@ def test_correct_prefetch_equals_off_bit_for_bit(device, length, new_rows):
     assert torch.equal(off, correct)
 
 
+@pytest.mark.parametrize("new_rows", [None, 3])
+def test_poor_predictions_of_every_layer_change_no_bit(device, new_rows):
+    """The test above leaves to the prompt's calibration what is predicted: of random layers hardly any."""
+    model, ids = random_llama(device=device), random_ids(300, device=device)
+
+    def logits(prefetch: str) -> torch.Tensor:
+        runtime = offloaded(model, budget=24, slots=40, new_rows=new_rows, prefetch=prefetch)
+        runtime.calibration = identity_calibration(model)
+        found = logits_of(runtime.generate, ids, 12)[1]
+        recall = runtime.stats["prefetch_recall"]
+        assert (prefetch == "correct") == (recall is not None and 0 < recall < 0.9)
+        return found
+
+    assert torch.equal(logits("correct"), logits("off"))
+
+
 @pytest.mark.parametrize("slots", [24, 25, 100])
 def test_where_a_row_lies_changes_nothing(device, slots):
     model, ids = random_llama(device=device), random_ids(300, device=device)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 
-from offload_runtime.config import RuntimeConfig
+from offload_runtime.calibration import Calibration
+from offload_runtime.config import DEFAULT_LABEL_CHANNELS, RuntimeConfig
 from offload_runtime.errors import RunError, UserError
 from offload_runtime.fitting import fit
+from offload_runtime.input_guess import Guesses, guess_rank
 from offload_runtime.memory import FreeMemory, measure
 from offload_runtime.model_check import check_config, check_label_channels, position_warning
 from offload_runtime.planner import Plan, largest, make_plan, require
@@ -293,6 +295,21 @@ def test_a_memory_limit_counts() -> None:
     assert "\n" not in str(refusal.value)
 
 
+def guessing_calibration(model: LlamaForCausalLM) -> Calibration:
+    """In host memory, of the default R, with a guess for every layer but the first."""
+    config = model.config
+    layers, width, dim = config.num_hidden_layers, config.hidden_size, config.head_dim
+    rank, unit = guess_rank(width), torch.eye(dim)[:DEFAULT_LABEL_CHANNELS]
+    up = torch.full((layers, width, rank), 1e-3)
+    up[0] = 0
+    return replace(
+        identity_calibration(model),
+        query_map=unit.expand(layers, config.num_attention_heads, -1, -1),
+        key_map=unit.expand(layers, config.num_key_value_heads, -1, -1),
+        guesses=Guesses(torch.zeros(layers, width), torch.zeros(layers, rank, width), up),
+    )
+
+
 @pytest.mark.gpu
 def test_planned_against_measured_bytes_on_a_gpu() -> None:
     """Peak of prefill and of decode within 5 % of the plan, at a shape where everything in it shows."""
@@ -307,6 +324,7 @@ def test_planned_against_measured_bytes_on_a_gpu() -> None:
     config = RuntimeConfig(ctx=65_536)
     plan = make_plan(config, model.config, PLENTY, "cuda", tokens=65_004, dtype=torch.bfloat16)
     with OffloadedModel(model, config) as runtime:
+        runtime.calibration = guessing_calibration(model)
         runtime.generate(ids, max_new_tokens=4, do_sample=False)
         pinned = sum(cache.host.rows.nbytes for cache in runtime._session.offloaded.values())
     n, s = plan.needs, runtime.stats

@@ -7,7 +7,7 @@ from offload_runtime.kernels.gated import ACTIVATIONS, gated_reference, gated_tr
 from offload_runtime.kernels.products import products_reference, products_triton, tiles
 
 SHAPES = [(1, 1), (2, 1), (3, 5), (16, 1)]  # batch, tokens
-WIDTHS = [48, 320]  # less than a block, and no multiple of one
+WIDTHS = [4, 48, 320]  # less than a matrix unit takes, less than a block, and no multiple of one
 
 
 def close(ours, theirs, rounded=1):
