@@ -80,20 +80,27 @@ class InputCorrection:
         """The input [B, T, E] that layer `index` is predicted from."""
         if self.shift is None or index not in self.shifted:
             return hidden
-        return hidden + self.shift[index]
+        return hidden + self.shift[index].to(hidden.dtype)
 
     def guess(self, index: int, normed: torch.Tensor) -> torch.Tensor:
         """The same, normalised, with the guess of what its predecessor changes there."""
         if self.guesses is None or index not in self.guessed:
             return normed
         offset, down, up = (part[index] for part in (self.guesses.offset, self.guesses.down, self.guesses.up))
-        tokens = normed.numel() // normed.shape[-1]
-        if tokens > MOST_TOKENS:
-            (low,) = products_reference(normed, [down], [None])  # [B, T, R]
-            return products_reference(low, [up], [offset], normed)[0]
-        (low,) = products(normed, [down], [None])
-        tile = tiles(tokens)[0]
-        return products(low, [up], [offset], normed, tile._replace(rows=max(tile.rows, UP_ROWS)))[0]
+        return with_guess(normed.to(down.dtype), offset, down, up).to(normed.dtype)
+
+
+def with_guess(
+    normed: torch.Tensor, offset: torch.Tensor, down: torch.Tensor, up: torch.Tensor
+) -> torch.Tensor:
+    """normed [B, T, E] + offset [E] + up [E, R] (down [R, E] normed): two launches in a decode step."""
+    tokens = normed.numel() // normed.shape[-1]
+    if tokens > MOST_TOKENS:
+        (low,) = products_reference(normed, [down], [None])  # [B, T, R]
+        return products_reference(low, [up], [offset], normed)[0]
+    (low,) = products(normed, [down], [None])
+    tile = tiles(tokens)[0]
+    return products(low, [up], [offset], normed, tile._replace(rows=max(tile.rows, UP_ROWS)))[0]
 
 
 def shifted_layers(shift: torch.Tensor | None) -> frozenset[int]:
