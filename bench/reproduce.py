@@ -148,7 +148,7 @@ STEPS = (
             "-m bench.sticky " + SMOLLM2_QUALITY + " --text {moby} --tokens 8192"
             " --out {out}/sticky_smollm2.json",
             "-m bench.prediction --model {smollm2} --calibrate {wealth} --test {moby} --tokens 4096"
-            " --calibration-tokens 8192 --out {out}/prediction_smollm2.json",
+            " --out {out}/prediction_smollm2.json",
             "-m offload_runtime eval attention " + SMOLLM2_QUALITY + " --ctx 8192 --budget 1/16"
             " --new-rows none,1/8 --text {moby} --tokens 48 --out {out}/eval_smollm2",
             "-m offload_runtime eval bits "
