@@ -2,7 +2,7 @@
 
 The best affine guess by least squares over a text's tokens, of low rank (reduced-rank regression). What is
 kept is what matters most to the query that the layer's projection makes. Recall of the best N/16 keys,
-SmolLM2-135M on another text (bench.prediction, bench/results/prediction_*.json): 0.824 without, 0.904 with it.
+SmolLM2-135M on another text (bench/results/prediction_smollm2.json): 0.824 without, 0.904 with it.
 
 A layer gets a guess when a block that the guess was not made from is better selected with it than without.
 """
