@@ -158,6 +158,21 @@ STEPS = (
         ),
         new=True,
     ),
+    Step(
+        "guesses",
+        500,
+        (
+            "-m bench.quality_long --text {moby} --prefetch predict --new-rows 2048 --ctx 262144"
+            " --bit-ctx 262144 --documents 6 --minutes 1 --out {out}/quality_long_sticky_predict",
+            CALIBRATE + " --model {smollm2} --text {wealth} --text {war} --tokens 65536"
+            " --out {out}/smollm2_two_books.safetensors",
+            "-m offload_runtime eval attention --model {smollm2}"
+            " --calibration {out}/smollm2_two_books.safetensors --ctx 8192 --budget 1/16 --new-rows none,1/8"
+            " --prefetch correct,predict --text {moby} --tokens 48 --documents 2"
+            " --out {out}/eval_smollm2_guess",
+        ),
+        new=True,
+    ),
     Step("quantised", 300, ("-m bench.quantised --out {out}/quantised_llama8b.json",)),
     Step(
         "batch-job",
