@@ -123,11 +123,8 @@ def calibrate_text(
     }
     layers, learns = len(adapter.layers), method == "learned"
     units, guess_seen = layers * len(blocks), guess_units(adapter, len(blocks))
-    reported = 0
 
     def report(done: int, _: int = 0) -> None:
-        nonlocal reported
-        reported = done
         if progress is not None:
             progress(done, units + guess_seen + layers * learns)
 
@@ -136,7 +133,7 @@ def calibrate_text(
     else:
         collection = collect_resumably(adapter, blocks, room, seed, report, side_file(resumable_at, facts))
     made = make_calibration(adapter, collection, channels, method, facts)
-    made = with_guesses(made, adapter, blocks, lambda: report(reported + 1))
+    made = with_guesses(made, adapter, blocks, lambda done: report(units + done))
     if not learns:
         return made
     # Two at least, of the tokens that there are.

@@ -9,6 +9,7 @@ A layer gets a guess when a block that the guess was not made from is better sel
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -67,19 +68,19 @@ class Regression:
         return offset.float().cpu(), down.float().cpu(), up.float().cpu()
 
 
-def top_directions(square: torch.Tensor, count: int) -> torch.Tensor:
-    """The eigenvectors [E, count] of the largest eigenvalues of a positive [E, E], by subspace iteration.
+def top_directions(square: torch.Tensor, rank: int) -> torch.Tensor:
+    """The eigenvectors [E, R] of the largest eigenvalues of a positive [E, E], by subspace iteration.
 
     A whole decomposition of 4,096 takes a minute a layer on a CPU.
     """
     width = len(square)
     draw = torch.Generator().manual_seed(0)
-    start = torch.randn(width, min(width, 2 * count), generator=draw, dtype=square.dtype)
+    start = torch.randn(width, min(width, 2 * rank), generator=draw, dtype=square.dtype)
     basis = torch.linalg.qr(start.to(square.device)).Q
     for _ in range(ITERATIONS):
         basis = torch.linalg.qr(square @ basis).Q
     _, turns = torch.linalg.eigh(basis.T @ square @ basis)  # ascending
-    return basis @ turns[:, -count:]
+    return basis @ turns[:, -rank:]
 
 
 def query_metric(adapter: ModelAdapter, index: int, width: int) -> torch.Tensor:
@@ -88,12 +89,12 @@ def query_metric(adapter: ModelAdapter, index: int, width: int) -> torch.Tensor:
     The identity where the projection's weights cannot be read: packed ones, or fused with those of keys.
     """
     weights = getattr(getattr(adapter.attentions[index], "q_proj", None), "weight", None)
-    unit = torch.eye(width)
     if weights is None or not weights.is_floating_point() or weights.shape[-1] != width:
-        return unit
-    square = weights.detach().float().cpu()
-    square = square.T @ square
-    return square + RIDGE * square.diagonal().mean() * unit
+        return torch.eye(width)
+    wide = weights.detach().float()  # [Hq D, E]
+    square = wide.T @ wide
+    square.diagonal().add_(RIDGE * square.diagonal().mean())
+    return square
 
 
 @torch.no_grad()
@@ -165,19 +166,27 @@ def turns_of(layers: int, width: int) -> list[range]:
 
 
 def guess_units(adapter: ModelAdapter, blocks: int) -> int:
-    """How often with_guesses() calls seen()."""
+    """How far with_guesses() counts."""
     layers = len(adapter.layers)
     return 0 if blocks < 2 else layers * (len(turns_of(layers, adapter.shape.hidden)) * (blocks - 1) + 1)
 
 
 def with_guesses(
-    made: Calibration, adapter: ModelAdapter, blocks: Sequence[torch.Tensor], seen: Callable[[], None]
+    made: Calibration,
+    adapter: ModelAdapter,
+    blocks: Sequence[torch.Tensor],
+    progress: Callable[[int], None],
 ) -> Calibration:
     """The calibration with guesses for the layers that they help, made from all blocks [T] but the last, by
-    which they are judged. As it was when there is only one block. seen() is called once a layer and block.
+    which they are judged. As it was when there is only one block. progress(layers x blocks done).
     """
     if len(blocks) < 2:
         return made
+    done = count(1)
+
+    def seen() -> None:
+        progress(next(done))
+
     layers, width = len(adapter.layers), adapter.shape.hidden
     parts: dict[int, Parts] = {}
     for turn in turns_of(layers, width):

@@ -111,8 +111,9 @@ def test_a_calibration_gets_guesses_that_help(tmp_path):
     blocks = [random_ids(400, seed=seed)[0] for seed in range(3)]
     made = calibrate_prompt(adapter, blocks[0], 16, positions=4096)
     seen: list[int] = []
-    better = with_guesses(made, adapter, blocks, lambda: seen.append(1))
-    assert len(seen) == guess_units(adapter, len(blocks)) == 3 * 3
+    better = with_guesses(made, adapter, blocks, seen.append)
+    assert seen == list(range(1, 3 * 3 + 1))
+    assert guess_units(adapter, len(blocks)) == len(seen)
     assert better.guesses.layers
     assert 0 not in better.guesses.layers
     before, after = (c.provenance["prediction_recall"].split(",") for c in (made, better))
@@ -134,17 +135,17 @@ def test_moments_of_many_layers_are_taken_in_turns(monkeypatch):
     blocks = [random_ids(300, seed=seed)[0] for seed in range(2)]
     made = calibrate_prompt(adapter, blocks[0], 16, positions=4096)
     monkeypatch.setattr(calibration_guess, "keep_better", lambda made, guesses, recalls: guesses)
-    whole = with_guesses(made, adapter, blocks, lambda: None)
+    whole = with_guesses(made, adapter, blocks, lambda _: None)
     monkeypatch.setattr(calibration_guess, "MOMENT_BYTES", 1)
     assert turns_of(3, adapter.shape.hidden) == [range(1, 2), range(2, 3)]
-    parts = with_guesses(made, adapter, blocks, lambda: None)
+    parts = with_guesses(made, adapter, blocks, lambda _: None)
     assert all(torch.equal(getattr(whole, name), getattr(parts, name)) for name in ("offset", "down", "up"))
 
 
 def test_one_block_guesses_nothing():
     adapter = ModelAdapter(random_llama())
     made = calibrate_prompt(adapter, random_ids(300)[0], 16, positions=4096)
-    assert with_guesses(made, adapter, [random_ids(300)[0]], lambda: None) is made
+    assert with_guesses(made, adapter, [random_ids(300)[0]], lambda _: None) is made
     assert guess_units(adapter, 1) == 0
 
 
