@@ -19,13 +19,13 @@ from .calibration import Calibration
 from .calibration_collect import MIN_RECALL, attend, selection_recall
 from .calibration_shift import SKIPPED_TOKENS
 from .input_guess import Guesses, InputCorrection, guess_rank
+from .products import is_plain_linear
 
 RIDGE = 1e-3  # of the mean square of the input; 8 x 4,096 tokens fit 576 inputs and more
-ITERATIONS = 4  # of the subspace of twice the rank
+# Of a subspace of twice the rank: a direction is found to (its 2 R-th eigenvalue / its own)^4.
+ITERATIONS = 4
 SAMPLED = 48  # queries that judge, spread over the last quarter of a block
-MOMENT_BYTES = (
-    8 << 30
-)  # host memory for moments: the 8B shape takes 4.3 GB, larger models take turns of layers
+MOMENT_BYTES = 8 << 30  # of host memory: the 8B shape takes 4.3 GB, larger models take turns of layers
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor, dict[str, Any]], None]
 CallHandler = Callable[[int, AttentionCall], None]
@@ -69,10 +69,7 @@ class Regression:
 
 
 def top_directions(square: torch.Tensor, rank: int) -> torch.Tensor:
-    """The eigenvectors [E, R] of the largest eigenvalues of a positive [E, E], by subspace iteration.
-
-    A whole decomposition of 4,096 takes a minute a layer on a CPU.
-    """
+    """The eigenvectors [E, R] of the largest eigenvalues of a positive [E, E], by subspace iteration."""
     width = len(square)
     draw = torch.Generator().manual_seed(0)
     start = torch.randn(width, min(width, 2 * rank), generator=draw, dtype=square.dtype)
@@ -86,12 +83,12 @@ def top_directions(square: torch.Tensor, rank: int) -> torch.Tensor:
 def query_metric(adapter: ModelAdapter, index: int, width: int) -> torch.Tensor:
     """How much an error of the normalised input [E, E] matters to layer `index`'s query.
 
-    The identity where the projection's weights cannot be read: packed ones, or fused with those of keys.
+    The identity where the projection is not a plain linear layer: packed, or fused with that of keys.
     """
-    weights = getattr(getattr(adapter.attentions[index], "q_proj", None), "weight", None)
-    if weights is None or not weights.is_floating_point() or weights.shape[-1] != width:
+    projection = getattr(adapter.attentions[index], "q_proj", None)
+    if projection is None or not is_plain_linear(projection):
         return torch.eye(width)
-    wide = weights.detach().float()  # [Hq D, E]
+    wide = projection.weight.detach().float()  # [Hq D, E]
     square = wide.T @ wide
     square.diagonal().add_(RIDGE * square.diagonal().mean())
     return square
