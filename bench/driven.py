@@ -199,10 +199,13 @@ def unit_calibration(adapter: ModelAdapter) -> Calibration:
 
 
 def faint_guesses(adapter: ModelAdapter) -> Guesses:
-    """Guesses that cost what a calibration's do and change nothing: random layers have no step to guess."""
+    """Guesses that cost what a calibration's do and change nothing: random layers have no step to guess.
+
+    In host memory, as a file's are, so that only the session's own count on the GPU.
+    """
     layers, width = len(adapter.layers), adapter.shape.hidden
     rank = guess_rank(width)
-    down = torch.ones(layers, rank, width, dtype=adapter.dtype, device=adapter.device)
-    up = torch.full((layers, width, rank), 1e-30, dtype=adapter.dtype, device=adapter.device)
+    down = torch.ones(layers, rank, width, dtype=adapter.dtype)
+    up = torch.full((layers, width, rank), 1e-30, dtype=adapter.dtype)
     up[0] = 0
-    return Guesses(torch.zeros(layers, width, device=adapter.device), down, up)
+    return Guesses(torch.zeros(layers, width), down, up)

@@ -24,8 +24,9 @@ from offload_runtime.calibrate_command import BLOCK_TOKENS
 from offload_runtime.calibration_collect import make_blocks
 from offload_runtime.calibration_guess import (
     Regression,
+    add_layer,
     measure_recalls,
-    query_metric,
+    solve_all,
     stacked,
     watch,
 )
@@ -45,12 +46,7 @@ class Learned:
 
     def learn(self, index: int, hidden: torch.Tensor, before: torch.Tensor, _: dict[str, Any]) -> None:
         self.shifts.add(index, hidden, before)
-        normed = (self.adapter.normed_input(index, part) for part in (before, hidden))
-        seen = Regression.of(*normed)
-        if index in self.regressions:
-            self.regressions[index].add(seen)
-        else:
-            self.regressions[index] = seen
+        add_layer(self.regressions, self.adapter, index, before, hidden)
 
     def corrections(self) -> dict[str, InputCorrection]:
         adapter, width = self.adapter, self.adapter.shape.hidden
@@ -61,10 +57,7 @@ class Learned:
             "shift": InputCorrection(self.shifts.means([False] + [True] * (layers - 1)), None, *place),
         }
         for rank in (full // 4, full // 2, full, width):
-            parts = {
-                index: moments.solve(rank, query_metric(adapter, index, width), adapter.device)
-                for index, moments in self.regressions.items()
-            }
+            parts = solve_all(adapter, self.regressions, rank)
             name = "affine" if rank == width else f"rank {rank}"
             found[name] = InputCorrection(None, stacked(parts, layers), *place)
         return found
@@ -90,15 +83,7 @@ def main() -> None:
     for block in make_blocks(known, tokens.prefix(""), options.calibration_tokens, BLOCK_TOKENS, seed=0):
         watch(adapter, block, learned.learn, lambda *_: None)
     (document,) = make_blocks(unseen, tokens.prefix(""), options.tokens, options.tokens, seed=0)
-    corrections = learned.corrections()
-
-    def predict(index: int, before: torch.Tensor, keywords: dict[str, Any]) -> dict[str, torch.Tensor]:
-        return {
-            name: adapter.predicted_query(index, before, keywords, correction)[0]
-            for name, correction in corrections.items()
-        }
-
-    layers = list(measure_recalls(adapter, document, predict).values())
+    layers = list(measure_recalls(adapter, document, learned.corrections()).values())
     means = {name: round(fmean(layer[name] for layer in layers), 4) for name in layers[0]}
     rows = [{name: round(value, 4) for name, value in layer.items()} for layer in layers]
     for index, layer in enumerate(rows, 1):

@@ -65,8 +65,7 @@ class Calibration:
         if self.input_shift is not None:
             tensors[SHIFT] = self.input_shift.float().cpu().contiguous()
         if self.guesses is not None:
-            for name in GUESS:
-                part = getattr(self.guesses, name.removeprefix("guess_"))
+            for name, part in zip(GUESS, self.guesses.parts, strict=True):
                 tensors[name] = part.bfloat16().cpu().contiguous()
         layers = ",".join(map(str, self.unpredicted_layers))
         metadata = {**self.provenance, "unpredicted_layers": layers}

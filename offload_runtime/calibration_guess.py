@@ -7,7 +7,7 @@ SmolLM2-135M on another text (bench/results/prediction_smollm2.json): 0.824 with
 A layer gets a guess when a block that the guess was not made from is better selected with it than without.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -29,7 +29,6 @@ MOMENT_BYTES = 8 << 30  # of host memory: the 8B shape takes 4.3 GB, larger mode
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor, dict[str, Any]], None]
 CallHandler = Callable[[int, AttentionCall], None]
-Predict = Callable[[int, torch.Tensor, dict[str, Any]], dict[str, torch.Tensor]]
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # offset [E], down [R, E], up [E, R]
 
 
@@ -117,24 +116,45 @@ def watch(adapter: ModelAdapter, ids: torch.Tensor, observe: Observer, handle: C
 
 
 def measure_recalls(
-    adapter: ModelAdapter, ids: torch.Tensor, predict: Predict
+    adapter: ModelAdapter,
+    ids: torch.Tensor,
+    corrections: Mapping[str, InputCorrection],
+    seen: Callable[[], None] = lambda: None,
 ) -> dict[int, dict[str, float]]:
-    """By layer and name, the recall of predict(layer, the one before's input [1, T, E], keywords), on ids."""
+    """By layer and correction, the recall of predictions on ids [T]; seen() after each layer."""
     places = torch.linspace(len(ids) * 3 // 4, len(ids) - 1, SAMPLED).long().to(adapter.device)
     asked: dict[int, dict[str, torch.Tensor]] = {}
     recalls: dict[int, dict[str, float]] = {}
 
     def observe(index: int, _: torch.Tensor, before: torch.Tensor, keywords: dict[str, Any]) -> None:
-        queries = predict(index, before[None], keywords)  # [1, Hq, T, D]
-        asked[index] = {name: query[0, :, places] for name, query in queries.items()}
+        asked[index] = {}
+        for name, correction in corrections.items():
+            query, _scale = adapter.predicted_query(index, before[None], keywords, correction)
+            asked[index][name] = query[0, :, places]  # [Hq, P, D]
 
     def handle(index: int, call: AttentionCall) -> None:
+        seen()
         if index in asked:
             found = asked.pop(index).items()
             recalls[index] = {name: selection_recall(call, query, places) for name, query in found}
 
     watch(adapter, ids, observe, handle)
     return recalls
+
+
+def add_layer(
+    sums: dict[int, Regression],
+    adapter: ModelAdapter,
+    index: int,
+    before: torch.Tensor,
+    hidden: torch.Tensor,
+) -> None:
+    """Add the moments of layer `index`, from the input of the one before and its own, [T, E]."""
+    found = Regression.of(adapter.normed_input(index, before), adapter.normed_input(index, hidden))
+    if index in sums:
+        sums[index].add(found)
+    else:
+        sums[index] = found
 
 
 def regressions(
@@ -145,15 +165,20 @@ def regressions(
 
     def observe(index: int, hidden: torch.Tensor, before: torch.Tensor, _: dict[str, Any]) -> None:
         if index in layers:
-            found = Regression.of(adapter.normed_input(index, before), adapter.normed_input(index, hidden))
-            if index in sums:
-                sums[index].add(found)
-            else:
-                sums[index] = found
+            add_layer(sums, adapter, index, before, hidden)
 
     for block in blocks:
         watch(adapter, block, observe, lambda *_: seen())
     return sums
+
+
+def solve_all(adapter: ModelAdapter, sums: Mapping[int, Regression], rank: int) -> dict[int, Parts]:
+    """Every layer's guess of that rank."""
+    width = adapter.shape.hidden
+    return {
+        index: found.solve(rank, query_metric(adapter, index, width), adapter.device)
+        for index, found in sums.items()
+    }
 
 
 def turns_of(layers: int, width: int) -> list[range]:
@@ -187,21 +212,13 @@ def with_guesses(
     layers, width = len(adapter.layers), adapter.shape.hidden
     parts: dict[int, Parts] = {}
     for turn in turns_of(layers, width):
-        for index, found in regressions(adapter, blocks[:-1], turn, seen).items():
-            parts[index] = found.solve(guess_rank(width), query_metric(adapter, index, width), adapter.device)
+        parts |= solve_all(adapter, regressions(adapter, blocks[:-1], turn, seen), guess_rank(width))
     guesses = stacked(parts, layers)
-    plain = InputCorrection(made.input_shift, None, adapter.dtype, adapter.device)
-    corrected = InputCorrection(None, guesses, adapter.dtype, adapter.device)
-
-    def predict(index: int, before: torch.Tensor, keywords: dict[str, Any]) -> dict[str, torch.Tensor]:
-        seen()
-        kinds = {"plain": plain, "guess": corrected}
-        return {
-            name: adapter.predicted_query(index, before, keywords, kind)[0] for name, kind in kinds.items()
-        }
-
-    seen()  # layer 0, which nothing predicts
-    return keep_better(made, guesses, measure_recalls(adapter, blocks[-1], predict))
+    corrections = {
+        "plain": InputCorrection(made.input_shift, None, adapter.dtype, adapter.device),
+        "guess": InputCorrection(None, guesses, adapter.dtype, adapter.device),
+    }
+    return keep_better(made, guesses, measure_recalls(adapter, blocks[-1], corrections, seen))
 
 
 def stacked(parts: dict[int, Parts], layers: int) -> Guesses:
@@ -219,8 +236,7 @@ def keep_better(made: Calibration, guesses: Guesses, recalls: dict[int, dict[str
         kept[index] = recall["guess"] > recall["plain"]
     if not kept.any():
         return made
-    parts = (guesses.offset, guesses.down, guesses.up)
-    chosen = Guesses(*(part * kept.view(-1, *[1] * (part.dim() - 1)) for part in parts))
+    chosen = Guesses(*(part * kept.view(-1, *[1] * (part.dim() - 1)) for part in guesses.parts))
     shift = None if made.input_shift is None else made.input_shift * ~kept[:, None]
     poor = [i for i in made.unpredicted_layers if not kept[i] or recalls[i]["guess"] < MIN_RECALL]
     known = made.provenance["prediction_recall"].split(",")

@@ -6,6 +6,7 @@ guess of what is missing from the normalised input, affine and of low rank (cali
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -38,7 +39,12 @@ class Guesses:
     up: torch.Tensor
 
     @property
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.offset, self.down, self.up
+
+    @cached_property
     def layers(self) -> frozenset[int]:
+        """Those that have one; found once, for every generate asks and the 8B shape has 34 M numbers."""
         return frozenset(self.up.flatten(1).any(-1).nonzero().flatten().tolist())
 
     @property
@@ -59,8 +65,7 @@ class InputCorrection:
         self.shift = None if shift is None else shift.to(device, dtype, copy=True)
         self.guesses = None
         if guesses is not None:
-            parts = (guesses.offset, guesses.down, guesses.up)
-            self.guesses = Guesses(*(part.to(device, dtype, copy=True) for part in parts))
+            self.guesses = Guesses(*(part.to(device, dtype, copy=True) for part in guesses.parts))
 
     def accepts(self, shift: torch.Tensor | None, guesses: Guesses | None) -> bool:
         """Whether set() can take these: for the same layers, and of the same rank."""
@@ -73,8 +78,8 @@ class InputCorrection:
         if self.shifted and shift is not None and self.shift is not None:
             self.shift.copy_(shift)
         if self.guessed and guesses is not None and self.guesses is not None:
-            for name in ("offset", "down", "up"):
-                getattr(self.guesses, name).copy_(getattr(guesses, name))
+            for mine, theirs in zip(self.guesses.parts, guesses.parts, strict=True):
+                mine.copy_(theirs)
 
     def shift_input(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """The input [B, T, E] that layer `index` is predicted from."""
@@ -86,7 +91,7 @@ class InputCorrection:
         """The same, normalised, with the guess of what its predecessor changes there."""
         if self.guesses is None or index not in self.guessed:
             return normed
-        offset, down, up = (part[index] for part in (self.guesses.offset, self.guesses.down, self.guesses.up))
+        offset, down, up = (part[index] for part in self.guesses.parts)
         return with_guess(normed.to(down.dtype), offset, down, up).to(normed.dtype)
 
 

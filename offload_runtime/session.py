@@ -103,9 +103,8 @@ class Session:
         corrected."""
         channels = label_width(calibration.key_map.shape[2])
         predicted = predicted_layers(self.config, calibration, self.offloaded)
-        alike = predicted == self.prefetcher.predicted_layers
-        alike = alike and self.correction.accepts(calibration.input_shift, calibration.guesses)
-        return alike and channels == self.layout.label_channels
+        alike = predicted == self.prefetcher.predicted_layers and channels == self.layout.label_channels
+        return alike and self.correction.accepts(calibration.input_shift, calibration.guesses)
 
     def clear(self) -> None:
         """Forget every token."""

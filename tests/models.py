@@ -64,11 +64,11 @@ def logits_of(
     return out.sequences, torch.stack(out.logits).float()
 
 
-def identity_calibration(model: PreTrainedModel) -> Calibration:
-    """The first 16 channels of every key as its label; every layer but the first is predicted."""
+def identity_calibration(model: PreTrainedModel, channels: int = 16) -> Calibration:
+    """The first channels of every key as its label; every layer but the first is predicted."""
     config = model.config
     layers, heads, kv_heads = config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads
-    unit = torch.eye(config.head_dim)[:16]
+    unit = torch.eye(config.head_dim)[:channels]
     return Calibration(
         query_map=unit.expand(layers, heads, -1, -1),
         key_map=unit.expand(layers, kv_heads, -1, -1),
@@ -76,3 +76,17 @@ def identity_calibration(model: PreTrainedModel) -> Calibration:
         unpredicted_layers=(0,),
         provenance={},
     )
+
+
+def check_predictions_matter_to_predict_only(
+    model: PreTrainedModel, ids: torch.Tensor, calibration: Calibration
+) -> None:
+    """With this calibration "correct" gives the bits of "off", and "predict" others."""
+
+    def logits(prefetch: str) -> torch.Tensor:
+        runtime = offloaded(model, budget=24, prefetch=prefetch)
+        runtime.calibration = calibration
+        return logits_of(runtime.generate, ids, 8)[1]
+
+    assert torch.equal(logits("correct"), logits("off"))
+    assert not torch.equal(logits("predict"), logits("off"))

@@ -22,7 +22,13 @@ from offload_runtime.calibration_guess import (
 )
 from offload_runtime.input_guess import Guesses, InputCorrection
 
-from .models import identity_calibration, logits_of, offloaded, random_ids, random_llama
+from .models import (
+    check_predictions_matter_to_predict_only,
+    identity_calibration,
+    offloaded,
+    random_ids,
+    random_llama,
+)
 
 CPU = torch.device("cpu")
 
@@ -91,11 +97,13 @@ def test_the_own_input_predicts_all():
     inputs: dict[int, torch.Tensor] = {}
     watch(adapter, ids, lambda index, hidden, *_: inputs.__setitem__(index, hidden.clone()), lambda *_: None)
 
-    def predict(index, before, keywords):
-        kinds = {"true": inputs[index][None], "before": before}
-        return {name: adapter.predicted_query(index, hidden, keywords)[0] for name, hidden in kinds.items()}
+    class Known(InputCorrection):
+        def shift_input(self, index, hidden):
+            return inputs[index][None]
 
-    recalls = measure_recalls(adapter, ids, predict)
+    kinds = {"true": Known, "before": InputCorrection}
+    corrections = {name: kind(None, None, torch.float32, CPU) for name, kind in kinds.items()}
+    recalls = measure_recalls(adapter, ids, corrections)
     assert [layer["true"] for layer in recalls.values()] == [1.0, 1.0]
     assert all(layer["before"] < 1 for layer in recalls.values())
 
@@ -237,11 +245,4 @@ def test_predictions_start_from_the_guess(mode, monkeypatch):
 def test_a_guess_changes_no_bit_of_correct(device):
     model, ids = random_llama(device=device), random_ids(300, device=device)
     calibration = replace(identity_calibration(model), guesses=some_guesses(3, model.config.hidden_size))
-
-    def logits(prefetch: str) -> torch.Tensor:
-        runtime = offloaded(model, budget=24, prefetch=prefetch)
-        runtime.calibration = calibration
-        return logits_of(runtime.generate, ids, 8)[1]
-
-    assert torch.equal(logits("correct"), logits("off"))
-    assert not torch.equal(logits("predict"), logits("off"))
+    check_predictions_matter_to_predict_only(model, ids, calibration)

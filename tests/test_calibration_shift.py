@@ -10,7 +10,13 @@ from offload_runtime.calibration_collect import Collection, calibrate_prompt
 from offload_runtime.calibration_shift import SKIPPED_TOKENS, ShiftSums
 from offload_runtime.input_guess import InputCorrection, shifted_layers
 
-from .models import identity_calibration, logits_of, offloaded, random_ids, random_llama
+from .models import (
+    check_predictions_matter_to_predict_only,
+    identity_calibration,
+    offloaded,
+    random_ids,
+    random_llama,
+)
 
 
 def test_means_leave_the_first_tokens_out_and_parts_add_up():
@@ -102,11 +108,4 @@ def test_predictions_start_from_the_shifted_input(known, monkeypatch):
 def test_a_shift_changes_no_bit_of_correct():
     model, ids = random_llama(), random_ids(300)
     calibration = replace(identity_calibration(model), input_shift=torch.randn(3, model.config.hidden_size))
-
-    def logits(prefetch: str) -> torch.Tensor:
-        runtime = offloaded(model, budget=24, prefetch=prefetch)
-        runtime.calibration = calibration
-        return logits_of(runtime.generate, ids, 8)[1]
-
-    assert torch.equal(logits("correct"), logits("off"))
-    assert not torch.equal(logits("predict"), logits("off"))
+    check_predictions_matter_to_predict_only(model, ids, calibration)

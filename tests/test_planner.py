@@ -298,16 +298,12 @@ def test_a_memory_limit_counts() -> None:
 def guessing_calibration(model: LlamaForCausalLM) -> Calibration:
     """In host memory, of the default R, with a guess for every layer but the first."""
     config = model.config
-    layers, width, dim = config.num_hidden_layers, config.hidden_size, config.head_dim
-    rank, unit = guess_rank(width), torch.eye(dim)[:DEFAULT_LABEL_CHANNELS]
+    layers, width = config.num_hidden_layers, config.hidden_size
+    rank = guess_rank(width)
     up = torch.full((layers, width, rank), 1e-3)
     up[0] = 0
-    return replace(
-        identity_calibration(model),
-        query_map=unit.expand(layers, config.num_attention_heads, -1, -1),
-        key_map=unit.expand(layers, config.num_key_value_heads, -1, -1),
-        guesses=Guesses(torch.zeros(layers, width), torch.zeros(layers, rank, width), up),
-    )
+    guesses = Guesses(torch.zeros(layers, width), torch.zeros(layers, rank, width), up)
+    return replace(identity_calibration(model, DEFAULT_LABEL_CHANNELS), guesses=guesses)
 
 
 @pytest.mark.gpu

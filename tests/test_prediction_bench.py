@@ -23,12 +23,7 @@ def test_recalls_of_every_layer_but_the_first_by_correction():
         f"rank {rank}",
         "affine",
     ]
-
-    def predict(index, before, keywords):
-        kinds = corrections.items()
-        return {name: adapter.predicted_query(index, before, keywords, kind)[0] for name, kind in kinds}
-
-    recalls = measure_recalls(adapter, random_ids(200, seed=2)[0], predict)
+    recalls = measure_recalls(adapter, random_ids(200, seed=2)[0], corrections)
     assert list(recalls) == [1, 2]
     for layer in recalls.values():
         assert list(layer) == list(corrections)
