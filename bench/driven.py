@@ -12,7 +12,7 @@ from offload_runtime.cache.window_cache import WindowCache
 from offload_runtime.calibration import Calibration
 from offload_runtime.config import DEFAULT_LABEL_CHANNELS, RuntimeConfig
 from offload_runtime.input_guess import Guesses, guess_rank
-from offload_runtime.kernels.residency import FROM_PREDICTION, HITS, SELECTED
+from offload_runtime.kernels.residency import FROM_PREDICTION, HITS, SELECTED, WANTED
 from offload_runtime.session import Session
 
 FILL_TOKENS = 8192  # random keys labelled at a time
@@ -158,17 +158,17 @@ class DrivenSession(Session):
         return step_ms(lambda: self.step(tokens), self.adapter.device)
 
     def counted(self) -> dict[str, int]:
-        """Rows since restart(): selected to attend to, fetched, and of those attended to the predicted."""
-        counters = torch.stack([cache.counters.sum(0) for cache in self.offloaded.values()])  # [L, 2, 3]
+        """Rows since restart(): selected, fetched; of those a prediction should have had, those it had."""
+        counters = torch.stack([cache.counters.sum(0) for cache in self.offloaded.values()])  # [L, 2, 4]
         fetched = int((counters[:, :, SELECTED] - counters[:, :, HITS]).sum())
         late = counters[:, TRUE]
         predicted_only = late[:, SELECTED] == 0  # mode "predict": these layers attend to the prediction
         attended = torch.where(predicted_only, counters[:, PREDICTED, SELECTED], late[:, SELECTED])
-        corrected = (counters[:, PREDICTED, SELECTED] > 0) & ~predicted_only
+        corrected = (counters[:, PREDICTED, WANTED] > 0) & ~predicted_only
         return {
             "selected": int(attended.sum()),
             "fetched": fetched,
-            "checked": int((late[:, SELECTED] * corrected).sum()),
+            "checked": int((late[:, WANTED] * corrected).sum()),
             "found": int((late[:, FROM_PREDICTION] * corrected).sum()),
         }
 

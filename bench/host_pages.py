@@ -26,7 +26,7 @@ from offload_runtime.cache.pinned import populate, register
 from offload_runtime.kernels.attention_trial import event_ms
 from offload_runtime.kernels.gather import gather_rows_triton
 from offload_runtime.kernels.gather_bulk import gather_bulk_available, gather_rows_bulk
-from offload_runtime.kernels.residency import resolve
+from offload_runtime.kernels.residency import WHOLE, resolve
 
 HEADS, TOKENS, ROW, ROWS = 8, 262144, 256, 2048  # Llama-3.1-8B shape: 1 GiB a layer, 512 B rows
 REGION_BYTES = HEADS * TOKENS * ROW * 2
@@ -134,12 +134,12 @@ def resolves() -> torch.cuda.CUDAGraph:
     token_in_slot, stamps = integers(1, HEADS, BUDGET) - 1, integers(1, HEADS, BUDGET, 2) - 1
     hand, step = integers(1, HEADS), integers(1) + 1
     misses = (integers(1, HEADS, BUDGET), integers(1, HEADS, BUDGET), integers(1, HEADS))
-    counters = torch.zeros(1, 2, 3, dtype=torch.int64, device="cuda")
+    counters = torch.zeros(1, 2, 4, dtype=torch.int64, device="cuda")
     resident = (slot_of_token, token_in_slot, stamps, hand, step)
 
     def resolve_all() -> None:
         for i in range(REPEATS):
-            resolve(selections[i % 2], count, *resident, i % 2, bool(i % 2), 0, *misses, counters)
+            resolve(selections[i % 2], count, *resident, i % 2, bool(i % 2), 0, WHOLE, *misses, counters)
 
     graph = captured(resolve_all)
     assert (misses[2] == ROWS).all()

@@ -17,12 +17,14 @@ import torch
 
 from offload_runtime.bench.machine import machine
 from offload_runtime.bench.timing import graph_ms, hbm_copy_gb_s, pinned_copy_gb_s
+from offload_runtime.kernels.admission import empty_candidates, most_candidates
+from offload_runtime.kernels.admit_cluster import admit_in_clusters, choose_in_clusters
 from offload_runtime.kernels.append import append_rows
 from offload_runtime.kernels.gather import gather_rows, gather_rows_triton
 from offload_runtime.kernels.history import empty_history
 from offload_runtime.kernels.labels import code_width, make_labels, make_labels_triton
 from offload_runtime.kernels.query_labels import query_labels, query_labels_triton
-from offload_runtime.kernels.residency import resolve
+from offload_runtime.kernels.residency import WHOLE, resolve
 from offload_runtime.kernels.scores import label_scores, label_scores_triton
 from offload_runtime.kernels.select_cluster import cluster_select_available, select_by_labels_cluster
 from offload_runtime.kernels.sparse_decode import sparse_attention, sparse_attention_triton
@@ -126,37 +128,32 @@ def bench_select(shape: Shape, bits: int, channels: int, budget: int, new_rows: 
     else:
         size = (b, h, n, width)
         codes = [torch.randint(256, size, dtype=torch.uint8, device="cuda") for _ in range(LAYERS)]
-    scales = torch.rand(b, h, n, 2, device="cuda").half()
-    query, offsets = (
-        torch.randn(b, shape.heads, channels, device="cuda"),
-        torch.zeros(b, shape.heads, device="cuda"),
-    )
+    # Labels of spread 1, as of random keys, and scores within the range of the selection's bins.
+    scales = torch.tensor([0.22, -1.63], device="cuda").half().expand(b, h, n, 2).contiguous()
+    query = torch.randn(b, shape.heads, channels, device="cuda")
+    offsets = torch.full((b, shape.heads), 10.0, device="cuda")
     tokens, counts = torch.full((b, h, budget), -1, **INT32), torch.zeros(b, h, **INT32)
-    limits = (torch.full((b, h), budget, **INT32), shape.lengths(), shape.sinks, shape.recent)
-    history = None
-    if new_rows:  # 1.75 k tokens of the last eight steps' selections, half of them of the last one's
-        history = empty_history(b, h, n, "cuda")
-        history.random_(1, 256)
-        history *= torch.rand(history.shape, device="cuda") < 1.75 * budget / n
+    budgets, fixed = torch.full((b, h), budget, **INT32), (shape.sinks, shape.recent)
     moved = b * h * n * (width * codes[0].element_size() + 4 * (bits < 16)) + 4 * b * h * budget
-    calls: Calls = [
-        partial(
-            select_by_labels_cluster,
-            query,
-            offsets,
-            c,
-            scales,
-            bits,
-            *limits,
-            tokens,
-            counts,
-            history,
-            new_rows,
-        )
-        for c in codes
-    ]
-    kind = f", {new_rows} new" if new_rows else ""
-    yield Timing(f"select {channels} x {bits} bit, k={budget}{kind}", "cluster", moved, "hbm"), calls
+    name = f"{channels} x {bits} bit, k={budget}"
+    labels = [(query, offsets, c, scales, bits) for c in codes]
+    if not new_rows:
+        exact: tuple[Any, ...] = (budgets, shape.lengths(), *fixed, tokens, counts)
+        calls: Calls = [partial(select_by_labels_cluster, *label, *exact) for label in labels]
+        yield Timing(f"select {name}", "cluster", moved, "hbm"), calls
+        return
+    # 1.75 k tokens of the last eight steps' selections, half of them of the last one's.
+    history = empty_history(b, h, n, "cuda")
+    history.random_(1, 256)
+    history *= torch.rand(history.shape, device="cuda") < 1.75 * budget / n
+    candidates = empty_candidates(b, h, most_candidates(budget, n), "cuda")
+    limits: tuple[Any, ...] = (budgets, new_rows, shape.lengths(), *fixed)
+    sticky = (*limits, history, False, tokens, counts, candidates)
+    calls = [partial(admit_in_clusters, *label, *sticky) for label in labels]
+    yield Timing(f"admit {name}, {new_rows} new", "cluster", moved, "hbm"), calls
+    chosen = (tokens.clone(), counts.clone())
+    choice = partial(choose_in_clusters, candidates, budgets, shape.sinks, history, False, *chosen)
+    yield Timing(f"choose k={budget}", "cluster", 0, ""), [choice] * LAYERS
 
 
 def bench_resolve(shape: Shape, budget: int):
@@ -170,11 +167,11 @@ def bench_resolve(shape: Shape, budget: int):
     stamps, hand = torch.full((b, h, n_slots, 2), -1, **INT32), torch.zeros(b, h, **INT32)
     misses = (torch.empty(b, h, budget, **INT32), torch.empty(b, h, budget, **INT32))
     counts, miss_counts = torch.full((b, h), budget, **INT32), torch.empty(b, h, **INT32)
-    counters = torch.zeros(b, 2, 3, dtype=torch.int64, device="cuda")
+    counters = torch.zeros(b, 2, 4, dtype=torch.int64, device="cuda")
     state = (slot_of_token, token_in_slot, stamps, hand)
     steps = torch.ones(1, **INT32), torch.full((1,), 2, **INT32)
     calls: Calls = [
-        partial(resolve, chosen, counts, *state, step, 1, True, 0, *misses, miss_counts, counters)
+        partial(resolve, chosen, counts, *state, step, 1, True, 0, WHOLE, *misses, miss_counts, counters)
         for chosen, step in [(first, steps[0]), (second, steps[1])] * 2
     ]
     yield Timing(f"resolve k={budget}, half missed", "default", 0, ""), calls

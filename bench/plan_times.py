@@ -14,7 +14,7 @@ from offload_runtime.bench.rows import Rows
 from offload_runtime.cache.layer_cache import TRUE
 from offload_runtime.cli_plan import rates_here
 from offload_runtime.config import RuntimeConfig
-from offload_runtime.kernels.residency import FROM_PREDICTION, SELECTED
+from offload_runtime.kernels.residency import FROM_PREDICTION, WANTED
 from offload_runtime.memory import FreeMemory
 from offload_runtime.planner import make_plan
 from offload_runtime.speed import Times, Traffic, predict
@@ -64,7 +64,7 @@ class TimesOfPlan:
             layout = session.layout
         finally:
             session.close()
-        recall = float(counters[FROM_PREDICTION] / counters[SELECTED]) if mode == "correct" else 1.0
+        recall = float(counters[FROM_PREDICTION] / counters[WANTED]) if mode == "correct" else 1.0
         share = moved / (layout.layers * layout.heads * layout.budget * layout.row_bytes)
         times = self.predicted(config, Traffic(mode, None, share / (2 - recall), recall))
         predicted = times.sparse_tpot if placement == "gpu" else times.offload_tpot

@@ -1,14 +1,21 @@
-"""One layer's cache: append, select, give slots, gather, attend. The path of a row."""
+"""One layer's cache: append, select, give slots, gather, attend. The path of a row.
+
+Sticky selection is made in two parts where there are kernels for it (kernels/admission.py): select() finds
+what may enter, give_slots() and gather() bring it, and finish() chooses meanwhile.
+"""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from ..kernels.admission import admit_reference, choose_reference
+from ..kernels.admit_cluster import admit_in_clusters, choose_in_clusters
 from ..kernels.append import append_rows
 from ..kernels.gather import gather_rows
 from ..kernels.history import REMEMBERED, empty_history
 from ..kernels.query_labels import query_labels
-from ..kernels.residency import resolve
+from ..kernels.residency import ENTERING, REST, WHOLE, resolve
 from ..kernels.scores import label_scores
 from ..kernels.select_cluster import cluster_select_available, select_by_labels_cluster
 from ..kernels.sparse_decode import sparse_attention
@@ -18,7 +25,7 @@ from .host_rows import HostRows, Lender
 from .label_cache import LabelCache, LabelMaps
 from .layout import KVLayout
 from .resident_set import ResidentSet
-from .selection import Selection, Workspace
+from .selection import Misses, Selection, Workspace
 
 PREDICTED, TRUE = 0, 1  # phases of a step, the second index of the counters
 
@@ -64,7 +71,7 @@ class LayerCache:
         if new_rows is not None:
             self.history = empty_history(*heads, layout.capacity, device)
         self.budgets = torch.zeros(heads, dtype=torch.int32, device=device)  # K of each KV head
-        self.counters = torch.zeros(layout.batch, 2, 3, dtype=torch.int64, device=device)
+        self.counters = torch.zeros(layout.batch, 2, 4, dtype=torch.int64, device=device)
 
     def clear(self) -> None:
         """Start clean: nothing resident, nothing counted, no selection remembered."""
@@ -79,6 +86,16 @@ class LayerCache:
         self.counters[place].zero_()
         if self.history is not None:
             self.history[place].zero_()
+
+    @property
+    def in_two_parts(self) -> bool:
+        """Whether a selection is: a sticky one, where there are kernels for the parts or references run."""
+        return self.history is not None and (self.one_kernel or not self.history.is_cuda)
+
+    @property
+    def holds_members(self) -> bool:
+        """Whether there are slots for all members and what may enter: predictions leave the members alone."""
+        return self.in_two_parts and self.layout.slots >= self.layout.most_candidates
 
     def make_slots(self) -> None:
         """Allocate the slots unless they exist."""
@@ -99,7 +116,7 @@ class LayerCache:
         phase: int,
         attended: bool,
     ) -> None:
-        """Select each KV head's tokens for query [B, Hq, D] by label score.
+        """Select each KV head's tokens for query [B, Hq, D] by label score; in two parts, what may enter.
 
         attended: the step attends to this selection, which the next sticky ones then start from; else it
         only moves rows early.
@@ -117,16 +134,32 @@ class LayerCache:
             phase == TRUE,
         )
         label_arguments = (labels, offsets, cache.codes, cache.scales, cache.bits)
-        chosen = (selection.tokens, selection.counts)
-        if self.one_kernel:
-            limits = (self.budgets, state.lengths, *fixed)
-            new_rows = self.new_rows or 0
-            select_by_labels_cluster(
-                *label_arguments, *limits, *chosen, history=self.history, new_rows=new_rows, attended=attended
-            )
-        else:
+        if not self.one_kernel:
             label_scores(*label_arguments, state.lengths, *fixed, work.scores)
+        if self.in_two_parts:
+            self._admit(label_arguments, work, attended)
+        elif self.one_kernel:
+            chosen = (selection.tokens, selection.counts)
+            select_by_labels_cluster(*label_arguments, self.budgets, state.lengths, *fixed, *chosen)
+        else:
             self._top_k(selection, work, attended)
+
+    def _admit(self, label_arguments: tuple[Any, ...], work: Workspace, attended: bool) -> None:
+        """Sticky selection's first part: the tokens that may enter, and the candidates."""
+        assert self.history is not None
+        limits = (
+            self.budgets,
+            self.new_rows or 0,
+            self.state.lengths,
+            self.resident.sinks,
+            self.resident.recent,
+        )
+        entering = (work.entering.tokens, work.entering.counts)
+        rest: tuple[Any, ...] = (*limits, self.history, attended, *entering, work.candidates)
+        if self.one_kernel:
+            admit_in_clusters(*label_arguments, *rest)
+        else:
+            admit_reference(work.scores, *rest)
 
     def _top_k(self, selection: Selection, work: Workspace, attended: bool) -> None:
         """The best-scored tokens, or with a history the sticky ones."""
@@ -141,18 +174,45 @@ class LayerCache:
         )
 
     def give_slots(self, selection: Selection, work: Workspace, phase: int, attended: bool) -> None:
-        """See that each selected token has a slot, and list those whose rows have to be gathered."""
+        """Give each selected token a slot, or in two parts each that may enter; list the rows to gather."""
+        if self.in_two_parts:
+            self._resolve(work.entering, work.misses, phase, False, ENTERING)
+        else:
+            self._resolve(selection, work.misses, phase, attended, WHOLE)
+
+    def finish(self, selection: Selection, work: Workspace, phase: int, attended: bool) -> None:
+        """The second part of a selection in two: choose among the candidates, and list rows missed besides.
+
+        There are such rows when a member has lost its slot: with 2 K slots or more, never.
+        """
+        if self.in_two_parts:
+            assert self.history is not None
+            choose = choose_in_clusters if self.one_kernel else choose_reference
+            rest = (self.budgets, self.resident.sinks, self.history, attended)
+            choose(work.candidates, *rest, selection.tokens, selection.counts)
+            self._resolve(selection, work.late_misses, phase, attended, REST)
+
+    def _resolve(self, listed: Selection, misses: Misses, phase: int, attended: bool, part: int) -> None:
         resident = self.resident
-        chosen = (selection.tokens, selection.counts)
         slot_maps = (resident.slot_of_token, resident.token_in_slot, resident.stamps, resident.hand)
-        misses = (work.miss_tokens, work.miss_slots, work.miss_counts, self.counters)
         kept_steps = 0 if self.history is None else REMEMBERED
-        resolve(*chosen, *slot_maps, self.state.step, phase, attended, kept_steps, *misses)
+        resolve(
+            listed.tokens, listed.counts, *slot_maps, self.state.step, phase, attended, kept_steps, part,
+            misses.tokens, misses.slots, misses.counts, self.counters,
+        )  # fmt: skip
 
     def gather(self, work: Workspace) -> None:
         """Bring the rows that give_slots() listed from host memory into their slots."""
-        misses = (work.miss_tokens, work.miss_slots, work.miss_counts)
-        gather_rows(self.host.rows, *misses, self.resident.slots, self.layout.fixed_slots)
+        self._gather(work.misses)
+
+    def gather_rest(self, work: Workspace) -> None:
+        """Bring those that finish() listed; after gather(), whose slots it may give away again."""
+        if self.in_two_parts:
+            self._gather(work.late_misses)
+
+    def _gather(self, misses: Misses) -> None:
+        lists = (misses.tokens, misses.slots, misses.counts)
+        gather_rows(self.host.rows, *lists, self.resident.slots, self.layout.fixed_slots)
 
     def attend(
         self,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.admission import most_candidates
 from ..kernels.history import row_bytes
 
 SCALE_PAIR_BYTES = 4  # float16 scale and offset of one token's label
@@ -98,9 +99,24 @@ class KVLayout:
     @property
     def workspace_bytes(self) -> int:
         """GPU bytes shared by all layers: three workspaces (scores, miss lists) and three selections."""
-        miss_lists = self.heads * (2 * self.budget + 1) * INT32_BYTES
         scores = self.heads * self.capacity * SCORE_BYTES
-        return 3 * (scores + miss_lists + self.selection_bytes)
+        return 3 * (scores + self.miss_bytes + self.selection_bytes)
+
+    @property
+    def sticky_workspace_bytes(self) -> int:
+        """GPU bytes that sticky selection adds to them: of each what may enter, candidates, more misses."""
+        candidates = self.heads * (self.most_candidates * (INT32_BYTES + SCORE_BYTES) + INT32_BYTES)
+        return 3 * (self.selection_bytes + self.miss_bytes + candidates)
+
+    @property
+    def miss_bytes(self) -> int:
+        """GPU bytes of one list of misses: tokens and slots [B, Hkv, K] and counts [B, Hkv]."""
+        return self.heads * (2 * self.budget + 1) * INT32_BYTES
+
+    @property
+    def most_candidates(self) -> int:
+        """Of one sticky selection and KV head: kernels/admission.py."""
+        return most_candidates(self.budget, self.capacity)
 
     @property
     def selection_bytes(self) -> int:
@@ -111,6 +127,11 @@ class KVLayout:
     def history_bytes(self) -> int:
         """GPU bytes of one layer's last selections: kernels/history.py."""
         return self.heads * row_bytes(self.capacity)
+
+    @property
+    def sticky_bytes(self) -> int:
+        """GPU bytes that sticky selection adds: each layer's history, and its part of the workspaces."""
+        return self.layers * self.history_bytes + self.sticky_workspace_bytes
 
     @property
     def gpu_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..kernels.admission import empty_candidates
 from .layout import KVLayout
 
 
@@ -14,12 +15,26 @@ class Selection:
         self.counts = torch.zeros(shape[:2], dtype=torch.int32, device=device)
 
 
-class Workspace:
-    """Scratch that one stream's selections share: scores and the list of missed rows."""
+class Misses:
+    """Rows to gather: tokens and the slots they get [B, Hkv, K], counts [B, Hkv] of them."""
 
     def __init__(self, layout: KVLayout, device: torch.device) -> None:
+        shape = (layout.batch, layout.kv_heads, layout.budget)
+        self.tokens = torch.empty(shape, dtype=torch.int32, device=device)
+        self.slots = torch.empty_like(self.tokens)
+        self.counts = torch.empty(shape[:2], dtype=torch.int32, device=device)
+
+
+class Workspace:
+    """Scratch that one stream's selections share: scores and the list of missed rows.
+
+    With sticky selection also the tokens that may enter, the candidates, and the rows missed besides, if any.
+    """
+
+    def __init__(self, layout: KVLayout, device: torch.device, sticky: bool) -> None:
         heads = (layout.batch, layout.kv_heads)
         self.scores = torch.empty((*heads, layout.capacity), dtype=torch.float32, device=device)
-        self.miss_tokens = torch.empty((*heads, layout.budget), dtype=torch.int32, device=device)
-        self.miss_slots = torch.empty_like(self.miss_tokens)
-        self.miss_counts = torch.empty(heads, dtype=torch.int32, device=device)
+        self.misses = Misses(layout, device)
+        if sticky:
+            self.entering, self.late_misses = Selection(layout, device), Misses(layout, device)
+            self.candidates = empty_candidates(*heads, layout.most_candidates, device)

@@ -6,7 +6,7 @@
 // The first histogram has bins of a fixed width in score, so that it can be counted as scores appear;
 // each further one (scores that hardly differ) splits the range that the last one left.
 //
-// Compile-time: CLUSTER and THREADS, as in select_cluster.cu. cluster.cuh goes before this text.
+// Compile-time: CLUSTER and THREADS, as in select_cluster.cu. cluster.cuh and order_key.cuh go before this text.
 
 constexpr int WARPS = THREADS / 32;
 constexpr int BIN_BITS = 11, BINS = 1 << BIN_BITS;  // 12 take 3 us longer, and 7 in a sticky selection (H100)
@@ -23,8 +23,9 @@ struct Shared {
     unsigned long long list[LIST];        // of this CTA's tokens, those in the range; read by the other CTAs
     unsigned long long cluster_list[LIST];
     int listed, higher;                   // this CTA's tokens in and above the range; read by the other CTAs
-    int ages[AGES];                       // of a sticky selection: this CTA's tokens selected 1, 2, ... steps ago
-    int warp_chosen[WARPS];
+    int ages[AGES];                       // of sticky selection: this CTA's tokens selected 1, 2, ... steps ago
+    int members;                          // and how many of them are members
+    int warp_marked[WARPS];
     unsigned digit;                       // the bin with the cut, what is wanted of it, and its tokens
     int wanted, inside;
 };
@@ -50,15 +51,22 @@ __device__ unsigned score_bin(float score) {
     return __float_as_int(x * BINS_A_UNIT + (8388608.f - LOWEST * BINS_A_UNIT)) & (BINS - 1);
 }
 
-__device__ unsigned key_bin(unsigned key) {
-    return score_bin(__int_as_float((int)(key >> 31 ? key ^ 0x80000000u : ~key)));
-}
+__device__ unsigned key_bin(unsigned key) { return score_bin(key_score(key)); }
 
 // The lowest place in the order of a bin; of bin BINS, one past the highest (which wraps to 0).
 __device__ unsigned long long bin_start(unsigned bin) {
     if (bin == 0 || bin == BINS) return 0;
     unsigned key = order_key(((float)bin - 0.5f) / BINS_A_UNIT + LOWEST);
     return (unsigned long long)(key + (bin & 1)) << 32;  // an odd bin's edge rounds down to the even one
+}
+
+// Zero the counts. No CTA may write another's before a cluster barrier.
+__device__ void clear_counts(Shared& shared) {
+    for (int i = threadIdx.x; i < BINS; i += THREADS) shared.histogram[i] = 0;
+    for (int i = threadIdx.x; i < SLICE; i += THREADS) shared.slice_total[0][i] = 0;
+    if (threadIdx.x == 0) shared.slice_sum[0] = 0, shared.members = 0;
+    if (threadIdx.x < AGES) shared.ages[threadIdx.x] = 0;
+    __syncthreads();  // ages are counted before the cluster's barrier ends
 }
 
 // Add this CTA's counts to the totals, each bin's with the CTA that owns its slice, and zero them.
@@ -206,22 +214,23 @@ __device__ int choose_listed(Part part, int wanted, unsigned rank, unsigned* cho
     return __reduce_add_sync(ALL, higher) + __syncthreads_count(taken && candidate < mine);
 }
 
-// Write the chosen tokens in order, from target[place] on; the part's first is token `first`.
-__device__ void write_chosen(const unsigned* chosen, int n, int first, int* target, int place, Shared& shared) {
+// Call put(place, i) for this CTA's tokens i that are marked [n / 32], in order, from `place` on.
+template <class Put>
+__device__ void for_each_marked(const unsigned* marks, int n, int place, Shared& shared, Put put) {
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, words = (n + 31) / 32;
     for (int base = 0; base < words; base += THREADS) {
         int word = base + threadIdx.x;
-        unsigned bits = word < words ? chosen[word] : 0u;
+        unsigned bits = word < words ? marks[word] : 0u;
         int count = __popc(bits), upto = count;
         for (int i = 1; i < 32; i <<= 1) {
             int lower = __shfl_up_sync(ALL, upto, i);
             if (lane >= i) upto += lower;
         }
-        if (lane == 31) shared.warp_chosen[warp] = upto;
+        if (lane == 31) shared.warp_marked[warp] = upto;
         __syncthreads();
-        int of_warp = lane < WARPS ? shared.warp_chosen[lane] : 0;
+        int of_warp = lane < WARPS ? shared.warp_marked[lane] : 0;
         int to = place + __reduce_add_sync(ALL, lane < warp ? of_warp : 0) + upto - count;
-        for (; bits; bits &= bits - 1) target[to++] = first + word * 32 + __ffs(bits) - 1;
+        for (; bits; bits &= bits - 1) put(to++, word * 32 + __ffs(bits) - 1);
         place += __reduce_add_sync(ALL, of_warp);
         __syncthreads();
     }

@@ -4,14 +4,13 @@
 // (split in two parts for 22 bits of precision), and the log-sum-exp over the group is the score, in units
 // of log 2. A score depends on its token's label and the queries only, not on where the token lies.
 //
-// Compile-time: CHANNELS, BITS, GROUP and STEPS, as in select_cluster.cu. No includes.
+// Compile-time: CHANNELS, BITS, GROUP and STEPS, as in select_cluster.cu. order_key.cuh goes before this text.
 
 constexpr int ROW_BYTES = CHANNELS * BITS / 8;
 constexpr int LANE_BYTES = ROW_BYTES / 4;                    // a token's codes are spread over 4 lanes
 constexpr int WORDS = LANE_BYTES < 4 ? 1 : LANE_BYTES / 4;
 constexpr int UNITS = CHANNELS / 8;                          // pairs of half-precision labels a lane
 constexpr int HEAD_TILES = (GROUP + 3) / 4;                  // an mma has 8 columns: 4 heads in two parts
-constexpr unsigned ALL = 0xffffffffu;
 constexpr float LOG2E = 1.4426950408889634f;
 
 __device__ unsigned short to_half(float value) {
@@ -36,12 +35,6 @@ __device__ float log2_fast(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
-}
-
-// A uint32 of the same order as the float; 0 is below every number's key.
-__device__ unsigned order_key(float score) {
-    int bits = __float_as_int(score);
-    return (unsigned)(bits ^ ((bits >> 31) | 0x80000000));
 }
 
 // d[4] += a[16 tokens, 16 channels] b[16 channels, 8 columns], half precision in, float32 out.

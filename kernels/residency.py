@@ -13,8 +13,13 @@ import triton.language as tl
 from .cuda_source import runs_hopper_source
 from .resolve_cluster import resolve_in_clusters
 
-# counters [sequence, phase, what]: phase 0 is the prediction, 1 the true selection.
-SELECTED, HITS, FROM_PREDICTION = 0, 1, 2
+# counters [sequence, phase, what]: phase 0 is the prediction, 1 the true selection. WANTED are tokens that
+# a prediction of the selection should have had, FROM_PREDICTION those of them that it had.
+SELECTED, HITS, FROM_PREDICTION, WANTED = 0, 1, 2, 3
+
+# What a list of tokens is of its selection: all of it, or of one made in two parts (admission.py) what may
+# enter, and afterwards all of it. Of what may enter only misses are counted: they are hits afterwards.
+WHOLE, ENTERING, REST = 0, 1, 2
 
 
 def resolve_reference(
@@ -28,6 +33,7 @@ def resolve_reference(
     phase: int,
     attended: bool,
     kept_steps: int,
+    part: int,
     miss_tokens: torch.Tensor,
     miss_slots: torch.Tensor,
     miss_counts: torch.Tensor,
@@ -35,27 +41,28 @@ def resolve_reference(
 ) -> None:
     """Update the token-to-slot map so that every selected token has a slot.
 
-    tokens [B, Hkv, K] and counts [B, Hkv] int32: the selection; slot_of_token
+    tokens [B, Hkv, K] and counts [B, Hkv] int32: the selection, or its part; slot_of_token
     [B, Hkv, N] int32: resident slot of a token or -1; token_in_slot
     [B, Hkv, n_slots] int32: its inverse; stamps [B, Hkv, n_slots, 2] int32: the steps
-    when a slot's row was last attended to and last predicted, -1 never; hand [B, Hkv]
-    int32; step [1] int32. attended: the selection is the step's, not a prediction of it;
+    when a slot's row was last attended to, and last listed for less (2 step + phase), -1 never; hand [B, Hkv]
+    int32; step [1] int32. attended: the step attends to these tokens, else it only may;
     kept_steps: of how many steps, 8 at most, the rows attended to keep their slots as
     long as there are others. n_slots >= K. Writes miss_tokens and miss_slots [B, Hkv, K] and
-    miss_counts [B, Hkv] int32, and adds to counters [B, 2, 3] int64.
+    miss_counts [B, Hkv] int32, and adds to counters [B, 2, 4] int64.
     """
     now, mine = int(step), 0 if attended else 1
+    mark = now if attended else 2 * now + phase
     n_slots = token_in_slot.shape[-1]
     for b in range(tokens.shape[0]):
         for h in range(tokens.shape[1]):
             chosen = tokens[b, h, : int(counts[b, h])].long()
             slots = slot_of_token[b, h, chosen].long()
             hit = slots[slots >= 0]
-            predicted = int((stamps[b, h, hit, 1] == now).sum()) if phase else 0
-            stamps[b, h, hit, mine] = now
+            predicted = int((stamps[b, h, hit, 1] == 2 * now).sum()) if phase else 0
+            stamps[b, h, hit, mine] = mark
             missed = chosen[slots < 0]
             ring = (torch.arange(n_slots, device=tokens.device) + int(hand[b, h])) % n_slots
-            unused = stamps[b, h, ring, mine] != now
+            unused = stamps[b, h, ring, mine] != mark
             for steps in range(kept_steps, -1, -1):
                 free = ring[unused & (stamps[b, h, ring, 0] < max(now - steps, 0))]
                 if len(free) >= len(missed):
@@ -66,15 +73,16 @@ def resolve_reference(
             slot_of_token[b, h, missed] = victims.int()
             token_in_slot[b, h, victims] = missed.int()
             stamps[b, h, victims] = -1
-            stamps[b, h, victims, mine] = now
+            stamps[b, h, victims, mine] = mark
             if len(victims):
                 hand[b, h] = (int(victims[-1]) + 1) % n_slots
             miss_tokens[b, h, : len(missed)] = missed.int()
             miss_slots[b, h, : len(missed)] = victims.int()
             miss_counts[b, h] = len(missed)
-            counters[b, phase] += torch.tensor(
-                [len(chosen), len(hit), predicted], dtype=torch.int64, device=counters.device
-            )
+            selected = 0 if part == ENTERING else len(chosen)
+            wanted = 0 if part == REST else len(chosen)
+            counted = [selected, selected - len(missed), predicted if wanted else 0, wanted]
+            counters[b, phase] += torch.tensor(counted, dtype=torch.int64, device=counters.device)
 
 
 def resolve_triton(
@@ -88,6 +96,7 @@ def resolve_triton(
     phase: int,
     attended: bool,
     kept_steps: int,
+    part: int,
     miss_tokens: torch.Tensor,
     miss_slots: torch.Tensor,
     miss_counts: torch.Tensor,
@@ -101,7 +110,7 @@ def resolve_triton(
         tokens, counts, slot_of_token, token_in_slot, stamps, hand, step,
         miss_tokens, miss_slots, miss_counts, counters,
         kv_heads, k_max, slot_of_token.shape[-1], token_in_slot.shape[-1], kept_steps,
-        PHASE=phase, ATTENDED=attended, BLOCK=block, SCAN=min(block, 4096), num_warps=block // 256,
+        PHASE=phase, ATTENDED=attended, PART=part, BLOCK=block, SCAN=min(block, 4096), num_warps=block // 256,
     )  # fmt: skip
 
 
@@ -110,12 +119,13 @@ def resolve_kernel(
     tokens, counts, slot_of_token, token_in_slot, stamps, hand, step,
     miss_tokens, miss_slots, miss_counts, counters,
     kv_heads, k_max, capacity, n_slots, kept_steps,
-    PHASE: tl.constexpr, ATTENDED: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
+    PHASE: tl.constexpr, ATTENDED: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """Stamp the hits and list the misses, then give the misses the next free slots."""
     row = tl.program_id(0)
     count = tl.load(counts + row)
     now = tl.load(step)
+    mark = now if ATTENDED else 2 * now + PHASE
     tokens += row.to(tl.int64) * k_max
     miss_tokens += row.to(tl.int64) * k_max
     miss_slots += row.to(tl.int64) * k_max
@@ -134,8 +144,8 @@ def resolve_kernel(
         miss = (index < count) & (slot < 0)
         if PHASE == 1:
             stamp = tl.load(stamps + 2 * slot + 1, mask=hit, other=-1)
-            predicted += tl.sum((hit & (stamp == now)).to(tl.int32), 0)
-        tl.store(mine + 2 * slot, tl.zeros([BLOCK], tl.int32) + now, mask=hit)
+            predicted += tl.sum((hit & (stamp == 2 * now)).to(tl.int32), 0)
+        tl.store(mine + 2 * slot, tl.zeros([BLOCK], tl.int32) + mark, mask=hit)
         place = misses + tl.cumsum(miss.to(tl.int32), 0) - 1
         tl.store(miss_tokens + place, token, mask=miss)
         misses += tl.sum(miss.to(tl.int32), 0)
@@ -145,7 +155,7 @@ def resolve_kernel(
     of_age = tl.zeros([16], tl.int32)
     for first in range(0, tl.where(misses > 0, n_slots, 0), SCAN):
         slot = first + tl.arange(0, SCAN)  # [SCAN]
-        of_age += tl.histogram(ages_of(stamps, mine, slot, slot < n_slots, now), 16)
+        of_age += tl.histogram(ages_of(stamps, mine, slot, slot < n_slots, now, mark), 16)
     older = tl.sum(of_age, 0) - tl.cumsum(of_age, 0)  # [16] slots of a higher age
     steps = tl.max(tl.where((older >= misses) & (ages <= kept_steps), ages, 0), 0)
 
@@ -158,7 +168,7 @@ def resolve_kernel(
         inside = offset < n_slots
         slot = start + offset
         slot = tl.where(slot >= n_slots, slot - n_slots, slot)
-        free = ages_of(stamps, mine, slot, inside, now) > steps
+        free = ages_of(stamps, mine, slot, inside, now, mark) > steps
         place = given + tl.cumsum(free.to(tl.int32), 0) - 1
         taken = free & (place < misses)
         evicted = tl.load(token_in_slot + slot, mask=taken, other=-1)
@@ -166,8 +176,8 @@ def resolve_kernel(
         tl.store(slot_of_token + evicted, tl.full([SCAN], -1, tl.int32), mask=taken & (evicted >= 0))
         tl.store(slot_of_token + token, slot, mask=taken)
         tl.store(token_in_slot + slot, token, mask=taken)
-        tl.store(stamps + 2 * slot, tl.zeros([SCAN], tl.int32) + (now if ATTENDED else -1), mask=taken)
-        tl.store(stamps + 2 * slot + 1, tl.zeros([SCAN], tl.int32) + (-1 if ATTENDED else now), mask=taken)
+        tl.store(stamps + 2 * slot, tl.zeros([SCAN], tl.int32) + (mark if ATTENDED else -1), mask=taken)
+        tl.store(stamps + 2 * slot + 1, tl.zeros([SCAN], tl.int32) + (-1 if ATTENDED else mark), mask=taken)
         tl.store(miss_slots + place, slot, mask=taken)
         furthest = tl.max(tl.where(taken, offset, -1), 0)
         last = tl.where(furthest >= 0, start + furthest, last)
@@ -176,17 +186,20 @@ def resolve_kernel(
 
     tl.store(hand + row, (last + 1) % n_slots)
     tl.store(miss_counts + row, misses)
-    counters += (row // kv_heads) * 6 + PHASE * 3
-    tl.atomic_add(counters + 0, count.to(tl.int64), sem="relaxed")
-    tl.atomic_add(counters + 1, (count - misses).to(tl.int64), sem="relaxed")
-    tl.atomic_add(counters + 2, tl.cast(predicted, tl.int64), sem="relaxed")
+    counters += (row // kv_heads) * 8 + PHASE * 4
+    selected = count if PART != 1 else 0  # 1: ENTERING
+    tl.atomic_add(counters + 0, tl.cast(selected, tl.int64), sem="relaxed")
+    tl.atomic_add(counters + 1, tl.cast(selected - misses, tl.int64), sem="relaxed")
+    if PART != 2:  # REST
+        tl.atomic_add(counters + 2, tl.cast(predicted, tl.int64), sem="relaxed")
+        tl.atomic_add(counters + 3, tl.cast(count, tl.int64), sem="relaxed")
 
 
 @triton.jit
-def ages_of(stamps, mine, slot, inside, now):
+def ages_of(stamps, mine, slot, inside, now, mark):
     """How many steps ago the rows in slots were attended to, 9 at most; 0 where this selection uses them."""
     attended = tl.load(stamps + 2 * slot, mask=inside, other=0)
-    used = tl.load(mine + 2 * slot, mask=inside, other=0) == now
+    used = tl.load(mine + 2 * slot, mask=inside, other=0) == mark
     age = tl.where(attended < 0, 9, tl.minimum(now - attended, 9))
     return tl.where(inside & (used == 0), age, 0)
 
@@ -202,6 +215,7 @@ def resolve(
     phase: int,
     attended: bool,
     kept_steps: int,
+    part: int,
     miss_tokens: torch.Tensor,
     miss_slots: torch.Tensor,
     miss_counts: torch.Tensor,
@@ -212,6 +226,6 @@ def resolve(
     if tokens.is_cuda:
         run = resolve_in_clusters if runs_hopper_source(tokens.device) else resolve_triton
     run(
-        tokens, counts, slot_of_token, token_in_slot, stamps, hand, step, phase, attended, kept_steps,
+        tokens, counts, slot_of_token, token_in_slot, stamps, hand, step, phase, attended, kept_steps, part,
         miss_tokens, miss_slots, miss_counts, counters,
     )  # fmt: skip

@@ -6,7 +6,8 @@
 //      the last `kept_steps` steps attended to stay, or of fewer steps if there are too few others.
 // The bits are those of resolve_reference.
 //
-// Compile-time: CLUSTER (CTAs), PHASE (0: prediction, 1: true selection). cluster.cuh goes before this text.
+// Compile-time: CLUSTER (CTAs), PHASE (0: prediction, 1: true selection). part: WHOLE, ENTERING or REST of
+// kernels/residency.py. cluster.cuh goes before this text.
 // No includes, so that nvrtc needs no header path.
 
 constexpr int THREADS = 512;
@@ -18,6 +19,7 @@ constexpr int AGES = 9;  // kept_steps + 1 at most
 constexpr int EACH = 4;
 constexpr int KEPT_AGES = 16;  // of a lane's slots, as many as 64 bits hold
 constexpr int NO_ENTRY = 0x7fffffff;  // in the place of a slot
+constexpr int ENTERING = 1, REST = 2;
 
 struct Shared {
     int warp_misses[WARPS], warp_older[WARPS][AGES];
@@ -80,9 +82,9 @@ __device__ int place_of_free(int older, int kept_steps, int misses, unsigned ran
     return __shfl_sync(ALL, earlier, steps) + of_warps;
 }
 
-// The steps when a slot's row was last attended to and last predicted; -1 never.
+// The step when a slot's row was last attended to, and the mark of when it was last listed for less; -1 never.
 struct alignas(8) Stamp {
-    int attended, predicted;
+    int attended, listed;
 };
 
 __device__ bool is_slot(int slot) { return slot >= 0 && slot != NO_ENTRY; }
@@ -96,8 +98,8 @@ __device__ Stamp load_stamp(const Stamp* source) {
 }
 
 // How many steps ago a slot's row was attended to, 9 at most; 0 if the selection at hand uses it.
-__device__ int age_of(Stamp stamp, int now, int attended) {
-    if ((attended ? stamp.attended : stamp.predicted) == now) return 0;
+__device__ int age_of(Stamp stamp, int now, int mark, int attended) {
+    if ((attended ? stamp.attended : stamp.listed) == mark) return 0;
     return stamp.attended < 0 ? AGES : min(now - stamp.attended, AGES);
 }
 
@@ -111,25 +113,25 @@ __device__ void look_up(const int* tokens, const int* slot_of_token, int first, 
 
 // The ages of a lane's EACH slots from the `first` after `start` on, 32 apart.
 __device__ void load_ages(
-    const Stamp* stamps, int start, int n_slots, int first, int end, int now, int attended, int* age) {
+    const Stamp* stamps, int start, int n_slots, int first, int end, int now, int mark, int attended, int* age) {
 #pragma unroll
     for (int j = 0; j < EACH; ++j) {
         int i = first + 32 * j;
-        age[j] = i < end ? age_of(load_stamp(stamps + in_ring(start + i, n_slots)), now, attended) : 0;
+        age[j] = i < end ? age_of(load_stamp(stamps + in_ring(start + i, n_slots)), now, mark, attended) : 0;
     }
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS) resolve_cluster(
     const int* tokens, const int* counts, int* slot_of_token, int* token_in_slot, Stamp* stamps, int* hand,
     const int* step, int* miss_tokens, int* miss_slots, int* miss_counts, unsigned long long* counters,
-    int kv_heads, int k_max, int capacity, int n_slots, int attended, int kept_steps) {
+    int kv_heads, int k_max, int capacity, int n_slots, int attended, int kept_steps, int part) {
     __shared__ Shared shared;
     unsigned rank = cta_rank(), before = (1u << (threadIdx.x & 31)) - 1u;
     int lane = threadIdx.x & 31, sequence = blockIdx.z;
     long long row = (long long)sequence * kv_heads + blockIdx.y;
-    int count = counts[row], now = *step, start = hand[row];
+    int count = counts[row], now = *step, start = hand[row], mark = attended ? now : 2 * now + PHASE;
     tokens += row * k_max, miss_tokens += row * k_max, miss_slots += row * k_max;
-    counters += sequence * 6;  // [B, 2, 3]
+    counters += sequence * 8 + PHASE * 4;  // [B, 2, 4]
     slot_of_token += row * capacity, token_in_slot += row * n_slots, stamps += row * n_slots;
     int* mine_stamps = (int*)stamps + (attended ? 0 : 1);  // of slot s at 2 s
 
@@ -140,23 +142,25 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         int last[EACH];
         look_up(tokens, slot_of_token, first, mine.to, token, slot);
 #pragma unroll
-        for (int j = 0; j < EACH; ++j) last[j] = PHASE == 1 && is_slot(slot[j]) ? stamps[slot[j]].predicted : -1;
+        for (int j = 0; j < EACH; ++j) last[j] = PHASE == 1 && is_slot(slot[j]) ? stamps[slot[j]].listed : -1;
 #pragma unroll
         for (int j = 0; j < EACH; ++j) {
             missed += __popc(__ballot_sync(ALL, slot[j] < 0));
-            predicted += last[j] == now;
-            if (is_slot(slot[j])) mine_stamps[2 * slot[j]] = now;
+            predicted += last[j] == 2 * now;  // by this step's prediction
+            if (is_slot(slot[j])) mine_stamps[2 * slot[j]] = mark;
         }
     }
     int misses, place = place_of_misses(missed, rank, shared, misses);
-    if (PHASE == 1) {
+    if (PHASE == 1 && part != REST) {
         predicted = __reduce_add_sync(ALL, predicted);
-        if (lane == 0 && predicted) atomicAdd(counters + PHASE * 3 + 2, (unsigned long long)predicted);
+        if (lane == 0 && predicted) atomicAdd(counters + 2, (unsigned long long)predicted);
     }
     if (rank == 0 && threadIdx.x == 0) {
         miss_counts[row] = misses;
-        atomicAdd(counters + PHASE * 3, (unsigned long long)count);
-        atomicAdd(counters + PHASE * 3 + 1, (unsigned long long)(count - misses));
+        int selected = part == ENTERING ? 0 : count;
+        atomicAdd(counters, (unsigned long long)selected);
+        atomicAdd(counters + 1, (unsigned long long)(long long)(selected - misses));
+        if (part != REST) atomicAdd(counters + 3, (unsigned long long)count);
     }
     for (int first = mine.from + lane; first - lane < mine.to && misses; first += 32 * EACH) {
         if (!one_group) look_up(tokens, slot_of_token, first, mine.to, token, slot);
@@ -174,7 +178,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     int older = 0, steps = 0;     // lane i: this warp's free slots whose rows no step attended to in the last i
     for (int first = mine.from + lane, at = 0; first - lane < mine.to; first += 32 * EACH, at += EACH) {
         int age[EACH];
-        load_ages(stamps, start, n_slots, first, mine.to, now, attended, age);
+        load_ages(stamps, start, n_slots, first, mine.to, now, mark, attended, age);
 #pragma unroll
         for (int j = 0; j < EACH; ++j)
             if (few) ages |= (unsigned long long)age[j] << 4 * (at + j);
@@ -191,7 +195,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     for (int first = mine.from + lane, at = 0; first - lane < mine.to && place < misses;
          first += 32 * EACH, at += EACH) {
         int age[EACH], given[EACH], evicted[EACH];  // given: the miss that a slot is for, -1 none
-        if (!few) load_ages(stamps, start, n_slots, first, mine.to, now, attended, age);
+        if (!few) load_ages(stamps, start, n_slots, first, mine.to, now, mark, attended, age);
 #pragma unroll
         for (int j = 0; j < EACH; ++j) {
             if (few) age[j] = (int)(ages >> 4 * (at + j)) & 15;
@@ -214,7 +218,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             if (evicted[j] >= 0) slot_of_token[evicted[j]] = -1;
             slot_of_token[token[j]] = free_slot;
             token_in_slot[free_slot] = token[j];
-            stamps[free_slot] = attended ? Stamp{now, -1} : Stamp{-1, now};
+            stamps[free_slot] = attended ? Stamp{mark, -1} : Stamp{-1, mark};
             miss_slots[given[j]] = free_slot;
             if (given[j] == misses - 1) hand[row] = in_ring(free_slot + 1, n_slots);
         }

@@ -28,6 +28,7 @@ def resolve_in_clusters(
     phase: int,
     attended: bool,
     kept_steps: int,
+    part: int,
     miss_tokens: torch.Tensor,
     miss_slots: torch.Tensor,
     miss_counts: torch.Tensor,
@@ -44,7 +45,7 @@ def resolve_in_clusters(
     )  # fmt: skip
     assert all(tensor.is_contiguous() for tensor in tensors)
     numbers = (
-        kv_heads, k_max, slot_of_token.shape[-1], token_in_slot.shape[-1], int(attended), kept_steps
+        kv_heads, k_max, slot_of_token.shape[-1], token_in_slot.shape[-1], int(attended), kept_steps, part
     )  # fmt: skip
     stream = torch.cuda.current_stream(device).cuda_stream
     with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream):

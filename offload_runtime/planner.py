@@ -272,7 +272,7 @@ def workspace_bytes(shape: ModelShape, layout: KVLayout, config: RuntimeConfig) 
     """Decode scratch: what the layers share, one step's logits, a layer's last selections if sticky, and
     what a calibration may know of predictions."""
     logits = 3 * layout.batch * shape.vocab * 4  # float32: logits, processed scores, probabilities
-    sticky = 0 if config.entering(layout.budget) is None else layout.layers * layout.history_bytes
+    sticky = 0 if config.entering(layout.budget) is None else layout.sticky_bytes
     predicts = config.prefetch != "off"
     guesses = guess_bytes(shape.layers, shape.hidden, shape.dtype.itemsize) if predicts else 0
     return layout.workspace_bytes + sticky + logits + guesses

@@ -7,7 +7,7 @@ from .cache.layer_cache import PREDICTED, TRUE, LayerCache
 from .cache.layout import KVLayout
 from .cache.window_cache import WindowCache
 from .generation import TokenLoop
-from .kernels.residency import FROM_PREDICTION, HITS, SELECTED
+from .kernels.residency import FROM_PREDICTION, HITS, SELECTED, WANTED
 
 GB = 1e9
 # cuBLAS keeps 32 MiB for every stream that multiplies matrices (measured, H100): prefill's
@@ -23,8 +23,8 @@ def layer_stats(
     budgets: K of each sequence and KV head; selected: rows attended to besides sinks
     and recent ones; hits: those that were on the GPU when attention wanted them;
     misses: those fetched then and there; prefetched: rows fetched on a prediction;
-    recall: the part of the true selection that this step's prediction had selected
-    too (None without one).
+    recall: the part of the true selection, of a sticky one of what may enter, that this
+    step's prediction had selected too (None without one).
     A sliding layer selects and moves nothing.
     """
     if isinstance(cache, WindowCache):
@@ -34,7 +34,7 @@ def layer_stats(
     phase = counters[PREDICTED] if attends_predicted else counters[TRUE]
     prefetched = counters[PREDICTED][SELECTED] - counters[PREDICTED][HITS]
     missed = counters[TRUE][SELECTED] - counters[TRUE][HITS]
-    has_prediction = counters[PREDICTED][SELECTED] > 0 and not attends_predicted
+    has_prediction = counters[PREDICTED][WANTED] > 0 and not attends_predicted
     return {
         "budgets": (cache.budgets if place is None else cache.budgets[place, None]).tolist(),
         "selected": phase[SELECTED],
@@ -42,7 +42,7 @@ def layer_stats(
         "misses": missed,
         "prefetched": prefetched,
         "bytes": (missed + prefetched) * cache.layout.row_bytes,
-        "recall": phase[FROM_PREDICTION] / phase[SELECTED] if has_prediction and phase[SELECTED] else None,
+        "recall": phase[FROM_PREDICTION] / phase[WANTED] if has_prediction and phase[WANTED] else None,
     }
 
 
@@ -74,6 +74,7 @@ def collect(
 
 def memory(
     layout: KVLayout,
+    sticky: bool,
     rows_on_gpu: bool,
     weight_bytes: int,
     prefill_peak: int | None,
@@ -89,7 +90,7 @@ def memory(
         return None if count is None else count / GB
 
     rows = layout.layers * layout.host_bytes
-    caches = layout.gpu_bytes + (rows if rows_on_gpu else 0)
+    caches = layout.gpu_bytes + (layout.sticky_bytes if sticky else 0) + (rows if rows_on_gpu else 0)
     return {
         "pinned_gb": 0.0 if rows_on_gpu else rows / GB,
         "weights_gb": weight_bytes / GB,
@@ -120,7 +121,7 @@ def call_figures(
         "reused_tokens": session.kept_tokens,
         "prefill": {**session.prefill_figures(), "calibration_s": calibration_s},
         **collect(session.caches, prefetcher.predicted_layers, prefetcher.attend_predicted),
-        **memory(session.layout, on_gpu, weight_bytes, *peaks),
+        **memory(session.layout, session.new_rows is not None, on_gpu, weight_bytes, *peaks),
         "cuda_graph": session.decoder.graph is not None,
         **audit,
     }

@@ -10,7 +10,8 @@ In mode "predict" (the paper's DS-Offload) layer i+1 waits for the gather and at
 the predicted selection as it is.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,14 +52,19 @@ class Prefetcher:
         self.caches, self.predict_query = caches, predict_query
         self.predicted_layers, self.attend_predicted = predicted_layers, attend_predicted
         self.delay_cycles = delay_cycles
-        self.work, self.selection = Workspace(layout, device), Selection(layout, device)
+        sticky = any(cache.history is not None for cache in caches.values())
+        self.work, self.selection = Workspace(layout, device, sticky), Selection(layout, device)
         # Double-buffered: layer i+1's prediction is made while layer i's is in use.
-        self.side_works = (Workspace(layout, device), Workspace(layout, device))
+        self.side_works = (Workspace(layout, device, sticky), Workspace(layout, device, sticky))
         self.predictions = (Selection(layout, device), Selection(layout, device))
         self.inputs = KeptInputs()
         self.waiting: tuple[torch.Tensor, dict[str, Any]]  # what a layer that fetches late predicts from
         self.on_gpu = device.type == "cuda"
-        self.ready, self.chosen, self.done, self.fetched = (events(caches, self.on_gpu) for _ in range(4))
+        # Of a layer: its prediction may begin, the first rows to fetch have slots; its prediction and its
+        # slots are settled; the prediction's rows are there; the first of the late ones are.
+        self.ready, self.entered, self.chosen, self.done, self.fetched = (
+            events(caches, self.on_gpu) for _ in range(5)
+        )
         self.capture_stream: torch.cuda.Stream | None = None
         if self.on_gpu:
             # A graph's kernels keep the priority of the streams they were captured on: a step that runs
@@ -88,27 +94,10 @@ class Prefetcher:
             self.side_stream.wait_event(self.ready[target])
             self._delay()
             self._predict(target, hidden, arguments)
-            self.chosen[target].record()
 
     def _fetches_late(self, index: int) -> bool:
         """Whether layer `index` fetches rows when it attends: those must not queue behind rows for later."""
         return index in self.caches and not (self.attend_predicted and index in self.predicted_layers)
-
-    def _gather_ahead(self, target: int) -> None:
-        """Fetch the rows that the prediction for layer `target` misses, on the copy stream."""
-        cache, work = self.caches[target], self.side_works[target % 2]
-        if not self.on_gpu:
-            cache.gather(work)
-            return
-        with torch.cuda.stream(self.copy_stream):
-            self.copy_stream.wait_event(self.chosen[target])
-            self._delay()
-            cache.gather(work)
-            self.done[target].record()
-
-    def _delay(self) -> None:
-        if self.delay_cycles:
-            torch.cuda._sleep(self.delay_cycles)
 
     def _predict(self, target: int, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
         """Select for layer `target` by its predicted query and give the missing rows slots."""
@@ -120,44 +109,80 @@ class Prefetcher:
         )
         cache.select(query, scale, prediction, work, PREDICTED, self.attend_predicted)
         cache.give_slots(prediction, work, PREDICTED, self.attend_predicted)
+        self._record(self.entered, target)
+        if self.attend_predicted or not cache.holds_members:
+            cache.finish(prediction, work, PREDICTED, self.attend_predicted)
+        self._record(self.chosen, target)
+
+    def _gather_ahead(self, target: int) -> None:
+        """Fetch the rows that the prediction for layer `target` misses, on the copy stream."""
+        cache, work = self.caches[target], self.side_works[target % 2]
+        with self._copying(target):
+            cache.gather(work)
+            if self.attend_predicted or not cache.holds_members:
+                self._wait(self.chosen, target)
+                cache.gather_rest(work)
+            self._record(self.done, target)
+
+    @contextmanager
+    def _copying(self, index: int) -> Iterator[None]:
+        """On the copy stream, after what layer `index` lists first has slots; without a GPU in order."""
+        if not self.on_gpu:
+            yield
+            return
+        with torch.cuda.stream(self.copy_stream):
+            self._wait(self.entered, index)
+            self._delay()
+            yield
+
+    def _delay(self) -> None:
+        if self.delay_cycles:
+            torch.cuda._sleep(self.delay_cycles)
 
     def selection_for(self, index: int, query: torch.Tensor, scale: float) -> Selection:
         """What layer `index` attends to, its rows resident. query [B, Hq, D] is the true query."""
-        cache = self.caches[index]
         predicted = index in self.predicted_layers
         if predicted and self.attend_predicted:
             selection = self.predictions[index % 2]
             self._wait(self.done, index)
         else:
             selection = self.selection
-            if predicted:
-                self._wait(self.chosen, index)  # both selections read the history and change the slots' maps
-            cache.select(query, scale, selection, self.work, TRUE, True)
-            if index + 1 in self.predicted_layers:
-                # Beside each other two selections take 120 us, one after the other 72 each (H100, 262,144
-                # tokens), and this layer waits for its own.
-                self._start(index + 1, *self.waiting)
-            cache.give_slots(selection, self.work, TRUE, True)
-            if predicted:
-                self._wait(self.done, index)  # a slot of a wrong prediction may be written a second time
-            cache.gather(self.work)
-            if index + 1 in self.predicted_layers:
-                self._after_late_rows(index)
+            self._select_late(index, query, scale)
         if predicted:
             self.inputs.release(index)  # the main stream has waited for what read it
         return selection
 
+    def _select_late(self, index: int, query: torch.Tensor, scale: float) -> None:
+        """Make layer `index`'s true selection, fetch what is missing, then for the next prediction."""
+        cache, selection, work = self.caches[index], self.selection, self.work
+        if index in self.predicted_layers:
+            self._wait(self.chosen, index)  # both selections read the history and change the slots' maps
+        cache.select(query, scale, selection, work, TRUE, True)
+        if index + 1 in self.predicted_layers:
+            # Beside each other two selections take 120 us, one after the other 72 each (H100, 262,144
+            # tokens), and this layer waits for its own.
+            self._start(index + 1, *self.waiting)
+        cache.give_slots(selection, work, TRUE, True)
+        self._record(self.entered, index)
+        with self._copying(index):
+            # After the prediction's rows: a slot of a wrong one may be written a second time.
+            cache.gather(work)
+            self._record(self.fetched, index)
+        cache.finish(selection, work, TRUE, True)  # while rows are on their way
+        self._wait(self.fetched, index)
+        cache.gather_rest(work)
+        if index + 1 in self.predicted_layers:
+            self._gather_ahead(index + 1)
+
+    def _record(self, events: dict[int, torch.cuda.Event], index: int) -> None:
+        """Mark in layer `index`'s event what the current stream was given so far."""
+        if self.on_gpu:
+            events[index].record()
+
     def _wait(self, events: dict[int, torch.cuda.Event], index: int) -> None:
-        """Order the main stream after an event of layer `index`."""
+        """Order the current stream after an event of layer `index`."""
         if self.on_gpu:
             torch.cuda.current_stream().wait_event(events[index])
-
-    def _after_late_rows(self, index: int) -> None:
-        """Layer `index` has its rows: the link is free for those of the next one."""
-        if self.on_gpu:
-            self.fetched[index].record()
-            self.copy_stream.wait_event(self.fetched[index])
-        self._gather_ahead(index + 1)
 
 
 def events(caches: Mapping[int, LayerCache], on_gpu: bool) -> dict[int, torch.cuda.Event]:

@@ -6,14 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from offload_runtime.kernels.cluster_launch import SCORING_SOURCES, TOPK_SOURCES, label_defines
+
 KERNELS = Path(__file__).parent.parent / "kernels"
-SELECT = ("cluster.cuh", "label_mma.cuh", "cluster_topk.cuh", "select_cluster.cu")
-LABELS = {"CHANNELS": 32, "BITS": 4, "GROUP": 4, "THREADS": 512, "STEPS": 2, "PREFETCH": 1, "RESIDENT": 2}
-WIDE = {"CHANNELS": 128, "BITS": 16, "GROUP": 8, "THREADS": 512, "STEPS": 1, "PREFETCH": 0, "RESIDENT": 1}
+SELECT, ADMIT = (
+    (*SCORING_SOURCES, "select_cluster.cu"),
+    (*SCORING_SOURCES, "member_bits.cuh", "admit_cluster.cu"),
+)
+LABELS = {**dict(label_defines(32, 4, 4)), "THREADS": 512}
+WIDE = {**dict(label_defines(128, 16, 8)), "THREADS": 512}
 CASES = {
-    "select": (SELECT, LABELS | {"STICKY": 0}),
-    "select sticky": (SELECT, LABELS | {"STICKY": 1}),
-    "select wide labels": (SELECT, WIDE | {"STICKY": 1}),
+    "select": (SELECT, LABELS),
+    "admit": (ADMIT, LABELS),
+    "admit wide labels": (ADMIT, WIDE),
+    "choose": ((*TOPK_SOURCES, "choose_cluster.cu"), {"THREADS": 512}),
     "resolve": (("cluster.cuh", "resolve_cluster.cu"), {"PHASE": 1}),
     "gather": (("gather_bulk.cu",), {"ROW_BYTES": 512, "GROUP": 16, "STAGES": 4, "CLUSTER": 8}),
 }

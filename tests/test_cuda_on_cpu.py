@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from offload_runtime.kernels.admission import choose_reference
 from offload_runtime.kernels.residency import resolve_reference
 from offload_runtime.kernels.topk import select_topk_reference
 
 from .cuda_on_cpu import build, launch, needs_compiler
 from .hopper import missing
-from .selection_problem import RECENT, SINKS, Problem, check, check_sticky_steps
-from .test_residency import Resident, random_selection
+from .selection_problem import RECENT, SINKS, Problem, check, check_admission, check_sticky_steps
+from .test_residency import Resident, random_selection, selections_in_parts
 
 pytestmark = [needs_compiler, pytest.mark.skipif(not missing(), reason="the kernels themselves run here")]
 CLUSTER = 8
@@ -18,14 +19,22 @@ MOST = 1e-3  # that scores of two selections may differ by
 
 def resolve_emulated(backwards):
     def run(
-        tokens, counts, slot_of_token, token_in_slot, stamps, hand, step, phase, attended, kept_steps,
+        tokens, counts, slot_of_token, token_in_slot, stamps, hand, step, phase, attended, kept_steps, part,
         miss_tokens, miss_slots, miss_counts, counters,
     ):  # fmt: skip
         library = build("resolve_cluster", (("CLUSTER", CLUSTER), ("PHASE", phase)), ("resolve_cluster.cu",))
         batch, kv_heads, k_max = tokens.shape
         tensors = (tokens, counts, slot_of_token, token_in_slot, stamps, hand, step)
         written = (miss_tokens, miss_slots, miss_counts, counters)
-        numbers = (kv_heads, k_max, slot_of_token.shape[-1], token_in_slot.shape[-1], attended, kept_steps)
+        numbers = (
+            kv_heads,
+            k_max,
+            slot_of_token.shape[-1],
+            token_in_slot.shape[-1],
+            attended,
+            kept_steps,
+            part,
+        )
         launch(library, kv_heads, batch, *tensors, *written, *numbers, backwards=backwards)
 
     return run
@@ -50,24 +59,71 @@ def test_resolve(n_slots, k_max, kept_steps):
             assert torch.equal(getattr(emulated, name), expected), (name, i)
 
 
+def test_resolve_in_two_parts():
+    generator = torch.Generator().manual_seed(3)
+    reference, emulated = (Resident.empty(2, 2, 3000, 1500, 1000, "cpu") for _ in range(2))
+    for tokens, counts, step, phase, attended, part in selections_in_parts(generator, 3000, 1000, 3, "cpu"):
+        reference.resolve(resolve_reference, tokens, counts, step, phase, attended, 8, part)
+        emulated.resolve(resolve_emulated(attended), tokens, counts, step, phase, attended, 8, part)
+        for name, expected in vars(reference).items():
+            assert torch.equal(getattr(emulated, name), expected), (name, part)
+
+
 def problem_on_cpu(lengths, capacity, budgets):
     return Problem(lengths, capacity, budgets, device="cpu")
 
 
-def select(problem, history=None, new_rows=0, attended=True, backwards=False):
-    sticky, (tokens, counts) = history is not None, problem.empty_selection()
+LABELS = {"CHANNELS": 32, "BITS": 4, "GROUP": 4, "STEPS": 2, "PREFETCH": 1, "RESIDENT": 2}
+CTAS = {"THREADS": 512, "CLUSTER": CLUSTER}
+SCORING = ("order_key.cuh", "label_scores.h", "cluster_topk.cuh", "score_tokens.cuh")
+
+
+def kernel(name, sources, defines):
+    return build(name, tuple((CTAS | defines).items()), (*sources, f"{name}.cu"))
+
+
+def select(problem, backwards=False):
+    tokens, counts = problem.empty_selection()
     tokens.fill_(77)
     counts.fill_(77)
-    labels = {"CHANNELS": 32, "BITS": 4, "GROUP": 4, "STEPS": 2, "PREFETCH": 1}
-    defines = labels | {"THREADS": 512, "CLUSTER": CLUSTER, "RESIDENT": 2, "STICKY": int(sticky)}
-    sources = ("label_scores.h", "cluster_topk.cuh", "select_cluster.cu")
-    library = build("select_cluster", tuple(defines.items()), sources)
-    label_tensors = (problem.query_labels, problem.offsets, problem.codes, problem.scales)
-    past = history if sticky else problem.codes
-    pointers = (*label_tensors, problem.budgets, problem.lengths, past, tokens, counts)
     batch, kv_heads, capacity = problem.shape
-    numbers = (kv_heads, capacity, past.shape[-1], SINKS, RECENT, new_rows, attended, problem.k_max)
-    launch(library, kv_heads, batch, *pointers, *numbers, backwards=backwards)
+    tensors = (*problem.labels, problem.budgets, problem.lengths, tokens, counts)
+    numbers = (kv_heads, capacity, SINKS, RECENT, problem.k_max)
+    library = kernel("select_cluster", SCORING, LABELS)
+    launch(library, kv_heads, batch, *tensors, *numbers, backwards=backwards)
+    return tokens, counts
+
+
+def admit(problem, history, new_rows, attended, backwards):
+    """What may enter (tokens, counts), and the candidates."""
+    entering, counts, candidates = problem.empty_admission()
+    batch, kv_heads, capacity = problem.shape
+    tensors = (*problem.labels, problem.budgets, problem.lengths, history, entering, counts, *candidates)
+    limits = (SINKS, RECENT, new_rows, attended, problem.k_max, candidates.tokens.shape[-1])
+    library = kernel("admit_cluster", (*SCORING, "member_bits.cuh"), LABELS)
+    launch(
+        library,
+        kv_heads,
+        batch,
+        *tensors,
+        kv_heads,
+        capacity,
+        history.shape[-1],
+        *limits,
+        backwards=backwards,
+    )
+    return entering, counts, candidates
+
+
+def choose(problem, candidates, history, attended, backwards):
+    tokens, counts = problem.empty_selection()
+    tokens.fill_(77)
+    batch, kv_heads, _ = problem.shape
+    listed = candidates.tokens.shape[-1]
+    tensors = (*candidates, problem.budgets, history, tokens, counts)
+    numbers = (kv_heads, listed, history.shape[-1], SINKS, attended, problem.k_max)
+    library = kernel("choose_cluster", ("order_key.cuh", "cluster_topk.cuh"), {})
+    launch(library, kv_heads, batch, *tensors, *numbers, backwards=backwards)
     return tokens, counts
 
 
@@ -96,6 +152,32 @@ def test_sticky_selection_and_its_history(new_rows):
     problem = problem_on_cpu([5003, 3000, 100], 5003, [400, 256, 50])
 
     def run(history, new_rows, attended, step):
-        return select(problem, history, new_rows, attended, backwards=attended and step % 2 == 1)
+        backwards = attended and step % 2 == 1
+        admitted = admit(problem, history, new_rows, attended, backwards)
+        return *admitted, *choose(problem, admitted[2], history, attended, not backwards)
 
     check_sticky_steps(problem, run, new_rows, 5, MOST)
+
+
+def test_a_sequence_that_became_shorter_and_a_head_without_budget():
+    """What the history holds past the end neither counts nor changes."""
+    problem = problem_on_cpu([900, 500, 60], 1003, [[90, 300], [0, 20], [30, 30]])
+    problem.lengths -= torch.tensor([333, 0, 0], dtype=torch.int32)
+    history = problem.empty_history()
+    history.random_(0, 256, generator=problem.generator)
+    check_admission(problem, lambda *given: admit(problem, *given, False), history, 16, True)
+
+
+def test_choosing_among_equal_scores_and_all_there_are():
+    generator = torch.Generator().manual_seed(5)
+    problem = problem_on_cpu([3000, 800], 3000, [[700, 1], [600, 0]])
+    history, candidates = problem.empty_history(), problem.empty_admission()[2]
+    candidates.tokens.copy_(torch.arange(candidates.tokens.shape[-1]) * 2 + SINKS)
+    candidates.scores.copy_(torch.randint(-3, 4, candidates.scores.shape, generator=generator) * 0.5)
+    candidates.counts.copy_(torch.tensor([[1200, 1000], [600, 50]]))
+    expected, wanted = history.clone(), problem.empty_selection()
+    choose_reference(candidates, problem.budgets, SINKS, expected, True, *wanted)
+    tokens, counts = choose(problem, candidates, history, True, False)
+    assert torch.equal(tokens, wanted[0])
+    assert torch.equal(counts, wanted[1])
+    assert torch.equal(history, expected)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from offload_runtime.kernels.admission import empty_candidates
+from offload_runtime.kernels.admit_cluster import admit_in_clusters, choose_in_clusters
 from offload_runtime.kernels.append import append_rows_reference, append_rows_triton
 from offload_runtime.kernels.history import empty_history
 from offload_runtime.kernels.labels import code_width, make_labels_reference, make_labels_triton
@@ -102,9 +104,22 @@ def test_the_cluster_kernel_selects_nothing(sticky):
     tokens = torch.full((3, 2, BUDGET), 9, dtype=torch.int32, device="cuda")
     counts = torch.full((3, 2), 9, dtype=torch.int32, device="cuda")
     budgets = torch.tensor([[0] * 2, [BUDGET] * 2, [0] * 2], dtype=torch.int32, device="cuda")
-    history = empty_history(3, 2, CAPACITY, "cuda") if sticky else None
-    limits = (budgets, lengths_on("cuda"), SINKS, RECENT)
-    select_by_labels_cluster(labels, offsets, codes, scales, 16, *limits, tokens, counts, history, 3)
+    fixed, lengths, arguments = (
+        (SINKS, RECENT),
+        lengths_on("cuda"),
+        (labels, offsets, codes, scales, 16, budgets),
+    )
+    if sticky:
+        history, candidates = (
+            empty_history(3, 2, CAPACITY, "cuda"),
+            empty_candidates(3, 2, 2 * BUDGET, "cuda"),
+        )
+        entering = torch.full_like(tokens, 9), torch.full_like(counts, 9)
+        admit_in_clusters(*arguments, 3, lengths, *fixed, history, True, *entering, candidates)
+        choose_in_clusters(candidates, budgets, SINKS, history, True, tokens, counts)
+        assert entering[1].tolist() == candidates.counts.tolist() == counts.tolist()
+    else:
+        select_by_labels_cluster(*arguments, lengths, *fixed, tokens, counts)
     assert counts.tolist() == [[0] * 2, [BUDGET] * 2, [0] * 2]
     assert (tokens[[0, 2]] == -1).all()
 

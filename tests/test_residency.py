@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from offload_runtime.kernels.cuda_source import runs_hopper_source
-from offload_runtime.kernels.residency import resolve, resolve_reference, resolve_triton
+from offload_runtime.kernels.residency import (
+    ENTERING,
+    FROM_PREDICTION,
+    REST,
+    WHOLE,
+    resolve,
+    resolve_reference,
+    resolve_triton,
+)
 from offload_runtime.kernels.resolve_cluster import resolve_in_clusters
 
 
@@ -36,14 +44,14 @@ class Resident:
             full(batch, kv_heads, k_max, value=-9),
             full(batch, kv_heads, k_max, value=-9),
             full(batch, kv_heads, value=-9),
-            torch.zeros(batch, 2, 3, dtype=torch.int64, device=device),
+            torch.zeros(batch, 2, 4, dtype=torch.int64, device=device),
         )
 
-    def resolve(self, run, tokens, counts, step, phase, attended=None, kept_steps=0):
+    def resolve(self, run, tokens, counts, step, phase, attended=None, kept_steps=0, part=WHOLE):
         attended = phase == 1 if attended is None else attended
         run(
             tokens, counts, self.slot_of_token, self.token_in_slot, self.stamps, self.hand, step, phase,
-            attended, kept_steps, self.miss_tokens, self.miss_slots, self.miss_counts, self.counters,
+            attended, kept_steps, part, self.miss_tokens, self.miss_slots, self.miss_counts, self.counters,
         )  # fmt: skip
 
 
@@ -135,7 +143,7 @@ def test_same_selection_again_is_all_hits(device):
     tokens, counts = random_selection(generator, 1, 2, 400, 50, [50], device)
     kernel = run_both([(tokens, counts), (tokens, counts)], 1, 2, 400, 50, 50, device)
     assert kernel.miss_counts.tolist() == [[0, 0]]
-    assert kernel.counters.tolist() == [[[100, 0, 0], [100, 100, 100]]]
+    assert kernel.counters.tolist() == [[[100, 0, 0, 100], [100, 100, 100, 100]]]
 
 
 def test_empty_selection_changes_nothing(device):
@@ -143,7 +151,7 @@ def test_empty_selection_changes_nothing(device):
     full = random_selection(generator, 1, 1, 400, 50, [50], device)
     empty = random_selection(generator, 1, 1, 400, 50, [0], device)
     kernel = run_both([full, empty, full], 1, 1, 400, 60, 50, device)
-    assert kernel.counters[0, 0].tolist() == [100, 50, 0]
+    assert kernel.counters[0, 0].tolist() == [100, 50, 0, 100]
 
 
 def test_maps_stay_inverse_and_hold_the_selection(device):
@@ -159,6 +167,49 @@ def test_maps_stay_inverse_and_hold_the_selection(device):
         occupied = (held >= 0).nonzero().flatten()
         assert torch.equal(kernel.slot_of_token[0, 0, held[occupied].long()].long(), occupied)
         assert int((kernel.slot_of_token >= 0).sum()) == len(occupied)
+
+
+def selections_in_parts(generator, capacity, k_max, steps, device):
+    """What resolving is given: (tokens, counts, step, phase, attended, part), three lists a step."""
+    for number in range(1, steps + 1):
+        step = torch.tensor([number], dtype=torch.int32, device=device)
+        few = [[k_max // 4, 0], [3, k_max // 8]]
+        predicted = random_selection(generator, 2, 2, capacity, k_max, few, device)
+        entering = random_selection(generator, 2, 2, capacity, k_max, few, device)
+        entering[0][0, 0, : k_max // 8] = predicted[0][0, 0, : k_max // 8]  # half of what was predicted
+        entering[0][0, 0, : k_max // 4] = entering[0][0, 0, : k_max // 4].sort().values
+        chosen = random_selection(generator, 2, 2, capacity, k_max, [[k_max, 7], [9, k_max]], device)
+        yield *predicted, step, 0, False, ENTERING
+        yield *entering, step, 1, False, ENTERING
+        yield *chosen, step, 1, True, REST
+
+
+@pytest.mark.parametrize(("n_slots", "k_max"), [(64, 64), (150, 64), (2500, 800)])
+def test_what_may_enter_and_then_the_selection(n_slots, k_max, device):
+    generator = torch.Generator().manual_seed(n_slots)
+    kernels = [resolve_triton]
+    if runs_hopper_source(torch.device(device)):
+        kernels.append(resolve_in_clusters)
+    reference, *others = (Resident.empty(2, 2, 3 * k_max, n_slots, k_max, device) for _ in [0, *kernels])
+    for given in selections_in_parts(generator, 3 * k_max, k_max, 4, device):
+        tokens, counts, step, phase, attended, part = given
+        before = reference.counters.clone()
+        reference.resolve(resolve_reference, tokens, counts, step, phase, attended, 8, part)
+        check_counted(reference, before, counts, phase, part)
+        for run, resident in zip(kernels, others, strict=True):
+            resident.resolve(run, tokens, counts, step, phase, attended, 8, part)
+            for name, expected in vars(reference).items():
+                assert torch.equal(getattr(resident, name), expected), f"{run.__name__}: {name}"
+    assert (reference.counters[:, 1, FROM_PREDICTION] > 0).any()
+
+
+def check_counted(resident, before, counts, phase, part):
+    """SELECTED less HITS are the rows to fetch, whatever part; WANTED are counted before the selection is."""
+    selected, hits, _, wanted = (resident.counters - before)[:, phase].T
+    listed = counts.sum(1)
+    assert torch.equal(selected - hits, resident.miss_counts.sum(1))
+    assert torch.equal(selected, listed * (part != ENTERING))
+    assert torch.equal(wanted, listed * (part != REST))
 
 
 @pytest.mark.gpu

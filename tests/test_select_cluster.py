@@ -18,14 +18,12 @@ from offload_runtime.kernels.select_cluster import (
 from offload_runtime.kernels.topk import select_topk_reference
 
 from .hopper import needs_hopper as needs_clusters
-from .selection_problem import RECENT, SINKS, Problem, check, check_sticky_steps
+from .selection_problem import RECENT, SINKS, Problem, check
 
 
-def select(problem, tokens, counts, history=None, new_rows=0, attended=True):
-    select_by_labels_cluster(
-        problem.query_labels, problem.offsets, problem.codes, problem.scales, problem.bits,
-        problem.budgets, problem.lengths, SINKS, RECENT, tokens, counts, history, new_rows, attended,
-    )  # fmt: skip
+def select(problem, tokens, counts):
+    limits = (problem.budgets, problem.lengths, SINKS, RECENT)
+    select_by_labels_cluster(*problem.labels, problem.bits, *limits, tokens, counts)
 
 
 def compare(problem):
@@ -112,35 +110,6 @@ def test_same_bits_every_time():
 
 @pytest.mark.gpu
 @needs_clusters
-@pytest.mark.parametrize("new_rows", [0, 100, 5000])
-def test_sticky_selection(new_rows):
-    problem = Problem([65536, 3000], 65536, [4096, 256])
-
-    def run(history, new_rows, attended, _step):
-        selection = problem.empty_selection()
-        select(problem, *selection, history, new_rows, attended)
-        return selection
-
-    check_sticky_steps(problem, run, new_rows, 11)
-
-
-@pytest.mark.gpu
-@needs_clusters
-def test_a_history_of_selections_that_take_all():
-    """A budget that is no limit, at odd lengths: every selectable token is remembered."""
-    problem = Problem([101, 77, 90], 307, [300, 300, 0], kv_heads=3)
-    tokens, counts = problem.empty_selection()
-    history = problem.empty_history()
-    for _ in range(2):
-        select(problem, tokens, counts, history, 5)
-    for b, (length, bits) in enumerate(((101, 3), (77, 3), (90, 0))):
-        entries = max(length - RECENT - SINKS, 0)
-        assert (history[b, :, :entries] == bits).all()
-        assert not history[b, :, entries:].any()
-
-
-@pytest.mark.gpu
-@needs_clusters
 def test_replays_in_a_cuda_graph_with_new_lengths():
     problem = Problem([65536], 65536, [2048], kv_heads=8)
     tokens, counts = problem.empty_selection()
@@ -167,8 +136,8 @@ def test_not_available_without_cuda():
 def test_shared_memory_holds_every_share():
     for capacity in (1, 100, 262144, 1000001):
         share = (capacity + 511) // 512 * 32  # tokens of one of 16 CTAs
-        assert dynamic_bytes(capacity, 16, False) == share * 4 + share // 8
-        assert dynamic_bytes(capacity, 16, True) == share * 4 + 2 * (share // 8)
+        assert dynamic_bytes(capacity, 16, 1) == share * 4 + share // 8
+        assert dynamic_bytes(capacity, 16, 2) == share * 4 + 2 * (share // 8)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +149,6 @@ def test_clusters_are_small_where_those_fill_the_gpu_twice(monkeypatch, rows, ca
     shared = {"shared_memory_per_block": 49_152, "shared_memory_per_block_optin": 232_448}
     h100 = SimpleNamespace(multi_processor_count=132, **shared)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: h100)
-    sizes = cluster_sizes(rows, capacity, True, torch.device("cuda", 0))
-    assert sizes[0] == first
-    assert sorted(sizes) == [8, 16]
+    sizes = cluster_sizes(rows, capacity, 2, torch.device("cuda", 0))
+    assert sizes[0] == (first, dynamic_bytes(capacity, first, 2))
+    assert sorted(cluster for cluster, _ in sizes) == [8, 16]

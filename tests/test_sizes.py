@@ -49,21 +49,29 @@ def test_decode_makes_nothing_of_size_s_by_heads_by_dim():
     assert seen.elements < TOKENS * model.config.num_attention_heads * model.config.head_dim / 4
 
 
+def size(*holders):
+    """Bytes of tensors, tuples of them and objects that have them."""
+    total = 0
+    for holder in holders:
+        if isinstance(holder, torch.Tensor):
+            total += holder.numel() * holder.element_size()
+        else:
+            total += size(*(holder if isinstance(holder, tuple) else vars(holder).values()))
+    return total
+
+
 @pytest.mark.parametrize("new_rows", [None, 3])
 def test_allocated_bytes_equal_the_layout(new_rows):
     runtime = offloaded(random_llama(), budget=24, new_rows=new_rows)
     runtime.generate(random_ids(300), max_new_tokens=2, do_sample=False)
     session = runtime._session
     layout, cache = session.layout, session.caches[0]
-    size = lambda *tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
     resident = cache.resident
     assert size(cache.host.rows) == layout.host_bytes
     assert size(cache.labels.codes, cache.labels.scales) == layout.label_bytes
     assert size(resident.slots) == layout.slot_bytes
     assert size(resident.slot_of_token, resident.token_in_slot, resident.stamps) == layout.map_bytes
     assert (0 if cache.history is None else size(cache.history)) == (layout.history_bytes if new_rows else 0)
-    works = [session.prefetcher.work, *session.prefetcher.side_works]
-    scratch = size(*(t for work in works for t in vars(work).values()))
-    selections = [session.prefetcher.selection, *session.prefetcher.predictions]
-    scratch += size(*(t for selection in selections for t in vars(selection).values()))
-    assert scratch == layout.workspace_bytes
+    shared = session.prefetcher
+    scratch = size(shared.work, *shared.side_works, shared.selection, *shared.predictions)
+    assert scratch == layout.workspace_bytes + (layout.sticky_workspace_bytes if new_rows else 0)

@@ -1,13 +1,7 @@
 // In the place of label_mma.cuh, whose tensor core instructions a CPU has not: the same scores, token by token.
 
 constexpr int ROW_BYTES = CHANNELS * BITS / 8;
-constexpr unsigned ALL = 0xffffffffu;
 constexpr float LOG2E = 1.4426950408889634f;
-
-static unsigned order_key(float score) {
-    int bits = __float_as_int(score);
-    return (unsigned)(bits ^ ((bits >> 31) | 0x80000000));
-}
 
 static float from_half(unsigned bits) {
     unsigned sign = bits & 0x8000, exponent = bits >> 10 & 31, fraction = bits & 0x3ff;

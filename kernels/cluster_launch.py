@@ -1,0 +1,109 @@
+"""How kernels that run in thread block clusters are compiled, placed and launched (sm_90 and newer).
+
+The CUDA sources are compiled at first use through CuPy's RawModule (the extras cuda12 and cuda13), once for
+each set of settings: call a kernel once before a CUDA graph captures it.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from .cuda_source import compile_source, shared_limit
+
+THREADS = 512  # a CTA; two such CTAs share an SM where 64 registers a thread are enough
+NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14  # CUfunction_attribute of cuda.h
+STATIC_BYTES = 16 * 1024  # struct Shared of cluster_topk.cuh, at most (clusters of 8: 15,504 bytes by ptxas)
+TOPK_SOURCES = ("cluster.cuh", "order_key.cuh", "cluster_topk.cuh")
+SCORING_SOURCES = ("cluster.cuh", "order_key.cuh", "label_mma.cuh", "cluster_topk.cuh", "score_tokens.cuh")
+
+
+def label_defines(channels: int, bits: int, group: int) -> tuple[tuple[str, int], ...]:
+    """What a kernel that scores labels of one format is compiled for."""
+    words = max(1, channels * bits // 128)  # 32-bit words a lane holds of one token
+    # Two steps of 4 tokens a lane in flight and two more behind them, within 64 registers for
+    # the usual labels, so that two CTAs fit an SM; wide labels fill the registers as they are.
+    narrow = words <= 2
+    return (
+        ("CHANNELS", channels),
+        ("BITS", bits),
+        ("GROUP", group),
+        ("STEPS", 2 if words == 1 else 1),
+        ("PREFETCH", int(narrow)),
+        ("RESIDENT", 2 if narrow and group <= 4 else 1),
+    )
+
+
+@functools.cache
+def compiled(
+    name: str,
+    sources: tuple[str, ...],
+    defines: tuple[tuple[str, int], ...],
+    sizes: tuple[tuple[int, int], ...],
+    device_index: int,
+) -> tuple[Any, int, int]:
+    """(kernel `name`, CTAs a cluster, dynamic bytes a CTA), of the first of `sizes` that can be placed."""
+    import cupy
+
+    limit = shared_limit(torch.device("cuda", device_index))
+    with cupy.cuda.Device(device_index):
+        for cluster, size in sizes:
+            settings = {**dict(defines), "THREADS": THREADS, "CLUSTER": cluster}
+            kernel = compile_source((*sources, f"{name}.cu"), name, settings)
+            # CuPy gives every capacity the same function, so the limit must hold for all of them.
+            kernel.max_dynamic_shared_size_bytes = limit - kernel.shared_size_bytes
+            if cluster > 8:
+                cupy.cuda.driver.funcSetAttribute(kernel.kernel.ptr, NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
+            if active_clusters(kernel.kernel.ptr, cluster, size) > 0:
+                return kernel, cluster, size
+    raise RuntimeError(
+        f"device {device_index} can place no thread block cluster of {sizes} (CTAs, bytes) for {name}"
+    )
+
+
+def launch(
+    kernel: tuple[Any, int, int], rows: Sequence[int], tensors: Sequence[torch.Tensor], numbers: Sequence[int]
+) -> None:
+    """Launch what compiled() gave, a cluster for each (sequence, KV head); rows: (batch, KV heads).
+
+    Tensors, all contiguous, go as pointers and numbers as 32-bit integers.
+    """
+    import cupy
+
+    function, cluster, shared_bytes = kernel
+    device = tensors[0].device
+    assert all(tensor.is_contiguous() for tensor in tensors)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream):
+        function(
+            (cluster, rows[1], rows[0]),
+            (THREADS,),
+            (*(tensor.data_ptr() for tensor in tensors), *(np.int32(number) for number in numbers)),
+            shared_mem=shared_bytes,
+        )
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+def active_clusters(function: int, cluster: int, shared_bytes: int) -> int:
+    """How many clusters of a kernel the current device can run at once; 0 if it can place none."""
+    config = LaunchConfig((cluster, 1, 1), (THREADS, 1, 1), shared_bytes)
+    count = ctypes.c_int(0)
+    status = ctypes.CDLL("libcuda.so.1").cuOccupancyMaxActiveClusters(
+        ctypes.byref(count), ctypes.c_void_p(function), ctypes.byref(config)
+    )
+    return count.value if status == 0 else 0
