@@ -7,18 +7,12 @@
 // Compile-time: as in select_cluster.cu. cluster.cuh, order_key.cuh, label_mma.cuh, cluster_topk.cuh,
 // score_tokens.cuh and member_bits.cuh go before this text. No includes: nvrtc needs no header path.
 
-// Take the members back out of the histogram, in which all tokens were counted.
-__device__ void uncount_members(Part part, const unsigned* member_bits, Shared& shared) {
-    for (int word = threadIdx.x; word < (part.n + 31) / 32; word += THREADS) {
-        for (unsigned bits = member_bits[word]; bits; bits &= bits - 1)
-            atomicAdd(&shared.histogram[key_bin(part.keys[word * 32 + __ffs(bits) - 1])], ALL);  // minus 1
-    }
-}
-
-// Members in lower CTAs. Reads their shared memory, after a barrier since they were counted.
-__device__ int lower_members(unsigned rank, Shared& shared) {
-    int lane = threadIdx.x & 31;
-    return __reduce_add_sync(ALL, lane < (int)rank ? (int)remote_load(&shared.members, lane) : 0);
+// Warp 0: the members in lower CTAs to shared.lower_members, after a barrier since they were counted. What it reads
+// of other CTAs has arrived at the next __syncthreads, since it is stored.
+__device__ void count_lower_members(unsigned rank, Shared& shared) {
+    int lane = threadIdx.x;
+    int lower = __reduce_add_sync(ALL, lane < (int)rank ? (int)remote_load(&shared.members, lane) : 0);
+    if (lane == 0) shared.lower_members = lower;
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, RESIDENT)
@@ -46,24 +40,23 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     score_tokens(codes + place * ROW_BYTES, scales + place, query_labels + row * GROUP * CHANNELS,
                  offsets + row * GROUP, n, keys, shared);
     cluster_wait();  // every CTA's totals are zero, and the ages counted
-    int members;
-    unsigned remembered = remembered_bits(shared, 2 * k - new_rows, members);
-    load_members(history, n, remembered, attended, member_bits, shared);
+    if (threadIdx.x < 32) find_remembered(shared, 2 * k - new_rows);
     __syncthreads();
-
     Part part = {keys, n, (int)rank * share};
+    load_members(part, history, attended, member_bits, shared);
+
     auto others = [&](int word) { return ~member_bits[word]; };
-    int admitted = max(min(min(max(new_rows, k - members), k), span - members), 0), wanted = admitted, round = 0;
-    uncount_members(part, member_bits, shared);
+    int members = shared.all_members, round = 0;
+    int admitted = max(min(min(max(new_rows, k - members), k), span - members), 0), wanted = admitted;
     Range range = find_range(part, wanted, round, shared, others);
+    if (threadIdx.x < 32) count_lower_members(rank, shared);
     collect(part, range, chosen, shared, others);
-    int lower = choose_listed(part, wanted, rank, chosen, shared), lower_candidates = lower;
-    lower_candidates += lower_members(rank, shared);
+    int lower = choose_listed(part, wanted, rank, chosen, shared);
     cluster_arrive_relaxed();  // this thread reads no other CTA's memory below
     for_each_marked(chosen, n, lower, shared, [&](int to, int i) { entering[to] = first + i; });
     for (int i = threadIdx.x; i < (n + 31) / 32; i += THREADS) member_bits[i] |= chosen[i];
     __syncthreads();
-    for_each_marked(member_bits, n, lower_candidates, shared, [&](int to, int i) {
+    for_each_marked(member_bits, n, lower + shared.lower_members, shared, [&](int to, int i) {
         candidates[to] = first + i, candidate_scores[to] = key_score(keys[i]);
     });
     if (rank == 0 && threadIdx.x == 0)

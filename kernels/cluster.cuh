@@ -13,7 +13,8 @@ __device__ void cluster_sync() {
     cluster_wait();
 }
 
-// Not ordered with any access: for a CTA that only says it needs the others' memory no more.
+// Not ordered with any access: for a CTA that only says it needs the others' memory no more. What was read there must
+// have been used before it, or the other CTA may be gone while the load is on its way (a launch failure).
 __device__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 
 // Publish what this CTA's threads wrote to its own shared memory. A release by every thread is a fence of GPU

@@ -24,7 +24,8 @@ struct Shared {
     unsigned long long cluster_list[LIST];
     int listed, higher;                   // this CTA's tokens in and above the range; read by the other CTAs
     int ages[AGES];                       // of sticky selection: this CTA's tokens selected 1, 2, ... steps ago
-    int members;                          // and how many of them are members
+    int members, lower_members, all_members;  // and the members among this CTA's, lower CTAs' and all tokens
+    unsigned remembered;                  // bits of the steps whose tokens are members
     int warp_marked[WARPS];
     unsigned digit;                       // the bin with the cut, what is wanted of it, and its tokens
     int wanted, inside;

@@ -42,29 +42,32 @@ __device__ void count_ages(const unsigned char* history, int n, Shared& shared) 
     }
 }
 
-// The bits of as many steps as have together at most `limit` tokens, one step at least; how many they have.
-__device__ unsigned remembered_bits(Shared& shared, int limit, int& members) {
-    int lane = threadIdx.x & 31, counts[AGES];
+// Warp 0: the bits of as many steps as have together at most `limit` tokens, one step at least, to
+// shared.remembered, and how many tokens they have to shared.all_members.
+__device__ void find_remembered(Shared& shared, int limit) {
+    int lane = threadIdx.x, counts[AGES];
 #pragma unroll
     for (int age = 0; age < AGES; ++age)
         counts[age] = lane < CLUSTER ? (int)remote_load(&shared.ages[age], lane) : 0;
     unsigned bits = 1;
-    members = __reduce_add_sync(ALL, counts[0]);
+    int members = __reduce_add_sync(ALL, counts[0]);
     for (int age = 1, upto = members; age < AGES; ++age) {
         upto += __reduce_add_sync(ALL, counts[age]);
         if (upto <= limit) bits |= 1u << age, members = upto;
     }
-    return bits;
+    if (lane == 0) shared.remembered = bits, shared.all_members = members;
 }
 
 // Four bytes, each 0 or 1, as four bits.
 __device__ unsigned bits_of_bytes(unsigned bytes) { return bytes * 0x01020408u >> 24 & 15; }
 
-// Of this CTA's tokens, those selected in one of the steps in `remembered` to member_bits [n / 32], their number
-// to shared.members. moves_on: what was selected a step ago was now selected two steps ago.
+// Of this CTA's tokens, those selected in one of the remembered steps to member_bits [n / 32], their number to
+// shared.members, and out of the histogram, in which all tokens were counted. moves_on: what was selected a
+// step ago was now selected two steps ago.
 __device__ void load_members(
-    unsigned char* history, int n, unsigned remembered, bool moves_on, unsigned* member_bits, Shared& shared) {
-    unsigned mask = remembered * 0x01010101u;
+    Part part, unsigned char* history, bool moves_on, unsigned* member_bits, Shared& shared) {
+    unsigned mask = shared.remembered * 0x01010101u;
+    int n = part.n;
     int members = 0;
 #pragma unroll 2
     for (int i = threadIdx.x; i * VECTOR < n; i += THREADS) {
@@ -79,6 +82,8 @@ __device__ void load_members(
         }
         ((unsigned short*)member_bits)[i] = (unsigned short)bits;
         members += __popc(bits);
+        for (unsigned rest = bits; rest; rest &= rest - 1)
+            atomicAdd(&shared.histogram[key_bin(part.keys[i * VECTOR + __ffs(rest) - 1])], ALL);  // minus 1
         if (moves_on) ((uint4*)history)[i] = {words[0], words[1], words[2], words[3]};
     }
     // The last word's upper half, if no token is in it.

@@ -81,6 +81,7 @@ def query_labels_triton(
     include_current: bool,
     block_channels: int = 16,
     block_rows: int = 64,
+    block_numbers: int = 8192,
     num_warps: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One launch; of a query head's programs the first sums over the local keys, the others project."""
@@ -93,7 +94,7 @@ def query_labels_triton(
     assert key_mean.is_contiguous()
     dim_pad = triton.next_power_of_2(dim)
     # Keys of one step: at most 64 x 128 float32 numbers, 64 registers in each of 128 threads.
-    block = min(block_rows, 8192 // dim_pad, triton.next_power_of_2(sinks + recent))
+    block = min(block_rows, block_numbers // dim_pad, triton.next_power_of_2(sinks + recent))
     labels = torch.empty(batch, heads, channels, dtype=torch.float32, device=query.device)
     offsets = torch.empty(batch, heads, dtype=torch.float32, device=query.device)
     _query_labels_kernel[(batch * heads, 1 + channels // block_channels)](
