@@ -88,7 +88,7 @@ class DrivenSession(Session):
         None: by the model's own again. The next step is captured anew. Call after restart().
         """
         for cache in self.offloaded.values():
-            cache.__dict__.pop("select", None)
+            cache.__dict__.pop("label_query", None)
         self.driven = overlap is not None
         self.decoder.forget_graph()
         if overlap is None:
@@ -98,15 +98,12 @@ class DrivenSession(Session):
             self._drive_cache(index, cache)
 
     def _drive_cache(self, index: int, cache: LayerCache) -> None:
-        plain = cache.select
+        plain = cache.label_query
 
-        def select(
-            _: torch.Tensor, scale: float, selection: Any, work: Any, phase: int, attended: bool
-        ) -> None:
-            query = self.guesses[index] if phase == PREDICTED else self.queries[index]
-            plain(query, scale, selection, work, phase, attended)
+        def drawn(_: torch.Tensor, scale: float, phase: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return plain(self.guesses[index] if phase == PREDICTED else self.queries[index], scale, phase)
 
-        cache.select = select  # type: ignore[method-assign, assignment]
+        cache.label_query = drawn  # type: ignore[method-assign, assignment]
 
     def _cosine_for(self, overlap: float) -> float:
         """The cosine of two random queries whose exact selections share `overlap` of their tokens."""
@@ -125,7 +122,8 @@ class DrivenSession(Session):
         """Which tokens of layer 0 a query [B, Hq, D] selects: [B, Hkv, N] bool."""
         cache, selection = self.offloaded[0], self.prefetcher.selection
         history, cache.history = cache.history, None  # sticky selection aside
-        cache.select(query, self.layout.head_dim**-0.5, selection, self.prefetcher.work, TRUE, True)
+        asked = cache.label_query(query, self.layout.head_dim**-0.5, TRUE)
+        cache.select(asked, selection, self.prefetcher.work, True)
         cache.history = history
         chosen = torch.zeros_like(cache.resident.slot_of_token, dtype=torch.bool)
         count = int(selection.counts.min())  # the same for all: lengths and budgets are

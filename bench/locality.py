@@ -13,6 +13,7 @@ import torch
 
 from offload_runtime.adapter import ModelAdapter
 from offload_runtime.cache.layer_cache import PREDICTED, TRUE, LayerCache
+from offload_runtime.cache.selection import Selection, Workspace
 from offload_runtime.calibration import Calibration
 from offload_runtime.calibration_file import own_calibration
 from offload_runtime.cli_options import model_or_embedded
@@ -46,7 +47,7 @@ class Locality:
 
 
 class Watch:
-    """Keeps the selections of a session's layers, phase by phase, step by step."""
+    """Keeps the selections of a session's layers, phase by phase, step by step; exact ones."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -55,15 +56,13 @@ class Watch:
             self._watch(index, cache)
 
     def _watch(self, index: int, cache: LayerCache) -> None:
-        plain = cache.select
+        plain = cache.give_slots
 
-        def select(
-            query: torch.Tensor, scale: float, selection: Any, work: Any, phase: int, attended: bool
-        ) -> None:
-            plain(query, scale, selection, work, phase, attended)
+        def give_slots(selection: Selection, work: Workspace, phase: int, attended: bool) -> None:
+            plain(selection, work, phase, attended)
             self.chosen.setdefault((index, phase), []).append(selection.tokens.clone())
 
-        cache.select = select  # type: ignore[method-assign]
+        cache.give_slots = give_slots  # type: ignore[method-assign]
 
     def overlap(self, count: int) -> float:
         """Of true selections with the step before's."""

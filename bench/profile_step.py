@@ -3,7 +3,7 @@
     python -m bench.profile_step --settings 2048:correct:none 1/16:correct:2048 --out profile.json
     python -m bench.profile_step ... --without-products   # torch's own matrix products, for an A/B
 
-Prints every kernel's share of a step and the kernels of one middle layer in
+Prints every kernel's share of a step and the kernels of two middle layers in
 the order in which they started, with their stream; before that, the median of
 steps that no profiler watches. Random weights, no locality.
 """
@@ -47,23 +47,23 @@ def kernel_events(session: DrivenSession, trace: Path) -> list[dict[str, Any]]:
 
 
 def by_kernel(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Total microseconds and launches a step of every kernel name and stream."""
-    total: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0.0, 0])
+    """Total microseconds and launches a step of every kernel name (a graph has many streams)."""
+    total: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
     for event in events:
-        entry = total[event["name"][:70], event["args"]["stream"]]
+        entry = total[event["name"][:70]]
         entry[0] += event["dur"] / STEPS
         entry[1] += 1 / STEPS
     rows = [
-        {"kernel": name, "stream": stream, "us_per_step": round(us, 1), "launches": round(count, 1)}
-        for (name, stream), (us, count) in total.items()
+        {"kernel": name, "us_per_step": round(us, 1), "launches": round(count, 1)}
+        for name, (us, count) in total.items()
     ]
     return sorted(rows, key=lambda row: -row["us_per_step"])
 
 
-def middle_layer(events: list[dict[str, Any]], layers: int) -> list[str]:
-    """Start, duration, stream and name of the kernels from one attention combine to the next but one."""
+def middle_layers(events: list[dict[str, Any]], layers: int) -> list[str]:
+    """Start, duration, stream and name of the kernels of two layers, from one attention's combine on."""
     ends = [i for i, event in enumerate(events) if "_combine_kernel" in event["name"]]
-    first, last = ends[layers + layers // 2], ends[layers + layers // 2 + 1]
+    first, last = ends[layers + layers // 2], ends[layers + layers // 2 + 2]
     zero = events[first]["ts"]
     return [
         f"{e['ts'] - zero:8.1f} {e['dur']:7.1f} s{e['args']['stream']:<4} {e['name'][:60]}"
@@ -83,11 +83,11 @@ def measure(adapter: ModelAdapter, setting: str, ctx: int, store: HostStore, opt
         session.advance()
     median = statistics.median(session.timed_step() for _ in range(TIMED_STEPS))
     events = kernel_events(session, options.out.with_suffix(".trace.json"))
-    table, timeline = by_kernel(events), middle_layer(events, len(adapter.layers))
+    table, timeline = by_kernel(events), middle_layers(events, len(adapter.layers))
     span = (events[-1]["ts"] + events[-1]["dur"] - events[0]["ts"]) / STEPS
     print(f"\n{setting}: median {median:.2f} ms a step, {span:.0f} us under the profiler")
     for row in table[: options.rows]:
-        print(f"{row['us_per_step']:9.1f} us {row['launches']:6.1f} x  s{row['stream']:<4} {row['kernel']}")
+        print(f"{row['us_per_step']:9.1f} us {row['launches']:6.1f} x  {row['kernel']}")
     print("\n".join(timeline), flush=True)
     session.close()
     free_unused(adapter.device)
@@ -96,7 +96,7 @@ def measure(adapter: ModelAdapter, setting: str, ctx: int, store: HostStore, opt
         "median_ms": median,
         "us_per_step": span,
         "kernels": table,
-        "middle_layer": timeline,
+        "middle_layers": timeline,
     }
 
 

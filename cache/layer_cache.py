@@ -94,7 +94,11 @@ class LayerCache:
 
     @property
     def holds_members(self) -> bool:
-        """Whether there are slots for all members and what may enter: predictions leave the members alone."""
+        """Whether there are slots for all members and what may enter.
+
+        Then no member loses its slot, since a history and its slots are cleared together: predictions leave
+        the members alone, and nothing is missed late.
+        """
         return self.in_two_parts and self.layout.slots >= self.layout.most_candidates
 
     def make_slots(self) -> None:
@@ -107,40 +111,33 @@ class LayerCache:
         append_rows(key, value, lengths, resident.slots, resident.sinks, resident.recent, self.host.rows)
         self.labels.write(key[:, :, None], self.maps, self.state.positions)  # [B, Hkv, 1, D]
 
+    def label_query(self, query: torch.Tensor, scale: float, phase: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What query [B, Hq, D] is compared with the labels by: kernels/query_labels.py."""
+        resident, maps = self.resident, self.maps
+        places = (resident.slots, self.state.lengths, resident.sinks, resident.recent)
+        return query_labels(query, maps.query_map, maps.key_mean, *places, scale, phase == TRUE)
+
     def select(
         self,
-        query: torch.Tensor,
-        scale: float,
+        label_query: tuple[torch.Tensor, torch.Tensor],
         selection: Selection,
         work: Workspace,
-        phase: int,
         attended: bool,
     ) -> None:
-        """Select each KV head's tokens for query [B, Hq, D] by label score; in two parts, what may enter.
+        """Select each KV head's tokens by label score; in two parts, find what may enter.
 
         attended: the step attends to this selection, which the next sticky ones then start from; else it
         only moves rows early.
         """
-        state, resident, maps, cache = self.state, self.resident, self.maps, self.labels
-        fixed = (resident.sinks, resident.recent)
-        labels, offsets = query_labels(
-            query,
-            maps.query_map,
-            maps.key_mean,
-            resident.slots,
-            state.lengths,
-            *fixed,
-            scale,
-            phase == TRUE,
-        )
-        label_arguments = (labels, offsets, cache.codes, cache.scales, cache.bits)
+        cache, fixed = self.labels, (self.resident.sinks, self.resident.recent)
+        arguments = (*label_query, cache.codes, cache.scales, cache.bits)
         if not self.one_kernel:
-            label_scores(*label_arguments, state.lengths, *fixed, work.scores)
+            label_scores(*arguments, self.state.lengths, *fixed, work.scores)
         if self.in_two_parts:
-            self._admit(label_arguments, work, attended)
+            self._admit(arguments, work, attended)
         elif self.one_kernel:
             chosen = (selection.tokens, selection.counts)
-            select_by_labels_cluster(*label_arguments, self.budgets, state.lengths, *fixed, *chosen)
+            select_by_labels_cluster(*arguments, self.budgets, self.state.lengths, *fixed, *chosen)
         else:
             self._top_k(selection, work, attended)
 
@@ -183,7 +180,7 @@ class LayerCache:
     def finish(self, selection: Selection, work: Workspace, phase: int, attended: bool) -> None:
         """The second part of a selection in two: choose among the candidates, and list rows missed besides.
 
-        There are such rows when a member has lost its slot: with 2 K slots or more, never.
+        There are such rows when a member has lost its slot, which none does where holds_members is True.
         """
         if self.in_two_parts:
             assert self.history is not None
@@ -207,7 +204,7 @@ class LayerCache:
 
     def gather_rest(self, work: Workspace) -> None:
         """Bring those that finish() listed; after gather(), whose slots it may give away again."""
-        if self.in_two_parts:
+        if self.in_two_parts and not self.holds_members:
             self._gather(work.late_misses)
 
     def _gather(self, misses: Misses) -> None:
