@@ -123,7 +123,7 @@ class DrivenSession(Session):
         cache, selection = self.offloaded[0], self.prefetcher.selection
         history, cache.history = cache.history, None  # sticky selection aside
         asked = cache.label_query(query, self.layout.head_dim**-0.5, TRUE)
-        cache.select(asked, selection, self.prefetcher.work, True)
+        cache.select(asked, selection, self.prefetcher.work, TRUE, True)
         cache.history = history
         chosen = torch.zeros_like(cache.resident.slot_of_token, dtype=torch.bool)
         count = int(selection.counts.min())  # the same for all: lengths and budgets are

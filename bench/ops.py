@@ -21,7 +21,7 @@ from offload_runtime.kernels.admission import empty_candidates, most_candidates
 from offload_runtime.kernels.admit_cluster import admit_in_clusters, choose_in_clusters
 from offload_runtime.kernels.append import append_rows
 from offload_runtime.kernels.gather import gather_rows, gather_rows_triton
-from offload_runtime.kernels.history import empty_history
+from offload_runtime.kernels.history import REMEMBERED, empty_history
 from offload_runtime.kernels.labels import code_width, make_labels, make_labels_triton
 from offload_runtime.kernels.query_labels import query_labels, query_labels_triton
 from offload_runtime.kernels.residency import WHOLE, resolve
@@ -148,12 +148,25 @@ def bench_select(shape: Shape, bits: int, channels: int, budget: int, new_rows: 
     history *= torch.rand(history.shape, device="cuda") < 1.75 * budget / n
     candidates = empty_candidates(b, h, most_candidates(budget, n), "cuda")
     limits: tuple[Any, ...] = (budgets, new_rows, shape.lengths(), *fixed)
-    sticky = (*limits, history, False, tokens, counts, candidates)
+    maps, step, misses = empty_residency(b, h, n, 2 * budget, budget)
+    slots = (maps, step, 1, REMEMBERED, misses)
+    sticky = (*limits, history, False, tokens, counts, candidates, *slots)
     calls = [partial(admit_in_clusters, *label, *sticky) for label in labels]
     yield Timing(f"admit {name}, {new_rows} new", "cluster", moved, "hbm"), calls
-    chosen = (tokens.clone(), counts.clone())
-    choice = partial(choose_in_clusters, candidates, budgets, shape.sinks, history, False, *chosen)
-    yield Timing(f"choose k={budget}", "cluster", 0, ""), [choice] * LAYERS
+    chosen = (tokens.clone(), counts.clone(), maps[0], maps[2], step)
+    for phase, name in ((0, "a prediction's"), (1, "the true")):
+        rest = (False, *chosen, phase, misses[3])
+        choice = partial(choose_in_clusters, candidates, budgets, shape.sinks, history, *rest)
+        yield Timing(f"choose k={budget}, {name}", "cluster", 0, ""), [choice] * LAYERS
+
+
+def empty_residency(b: int, h: int, n: int, n_slots: int, budget: int) -> tuple[Any, torch.Tensor, Any]:
+    """Slot maps of an empty resident set, a step, and lists of misses, as resolve_reference has them."""
+    maps = tuple(torch.full((b, h, size), -1, **INT32) for size in (n, n_slots, 2 * n_slots))
+    maps = (*maps[:2], maps[2].view(b, h, n_slots, 2), torch.zeros(b, h, **INT32))
+    lists = (torch.empty(b, h, budget, **INT32), torch.empty(b, h, budget, **INT32))
+    counters = torch.zeros(b, 2, 4, dtype=torch.int64, device="cuda")
+    return maps, torch.ones(1, **INT32), (*lists, torch.empty(b, h, **INT32), counters)
 
 
 def bench_resolve(shape: Shape, budget: int):
@@ -162,16 +175,10 @@ def bench_resolve(shape: Shape, budget: int):
     both = random_selection(shape, budget * 3 // 2)  # [B, Hkv, 1.5 K]
     first = both[..., :budget].contiguous()
     second = both[..., budget // 2 :].contiguous()
-    slot_of_token = torch.full((b, h, shape.tokens), -1, **INT32)
-    token_in_slot = torch.full((b, h, n_slots), -1, **INT32)
-    stamps, hand = torch.full((b, h, n_slots, 2), -1, **INT32), torch.zeros(b, h, **INT32)
-    misses = (torch.empty(b, h, budget, **INT32), torch.empty(b, h, budget, **INT32))
-    counts, miss_counts = torch.full((b, h), budget, **INT32), torch.empty(b, h, **INT32)
-    counters = torch.zeros(b, 2, 4, dtype=torch.int64, device="cuda")
-    state = (slot_of_token, token_in_slot, stamps, hand)
-    steps = torch.ones(1, **INT32), torch.full((1,), 2, **INT32)
+    maps, step, misses = empty_residency(b, h, shape.tokens, n_slots, budget)
+    counts, steps = torch.full((b, h), budget, **INT32), (step, step + 1)
     calls: Calls = [
-        partial(resolve, chosen, counts, *state, step, 1, True, 0, WHOLE, *misses, miss_counts, counters)
+        partial(resolve, chosen, counts, *maps, step, 1, True, 0, WHOLE, *misses)
         for chosen, step in [(first, steps[0]), (second, steps[1])] * 2
     ]
     yield Timing(f"resolve k={budget}, half missed", "default", 0, ""), calls

@@ -1,7 +1,7 @@
 """One layer's cache: append, select, give slots, gather, attend. The path of a row.
 
 Sticky selection is made in two parts where there are kernels for it (kernels/admission.py): select() finds
-what may enter, give_slots() and gather() bring it, and finish() chooses meanwhile.
+what may enter, gather() brings it, and finish() chooses meanwhile.
 """
 
 from dataclasses import dataclass
@@ -122,9 +122,10 @@ class LayerCache:
         label_query: tuple[torch.Tensor, torch.Tensor],
         selection: Selection,
         work: Workspace,
+        phase: int,
         attended: bool,
     ) -> None:
-        """Select each KV head's tokens by label score; in two parts, find what may enter.
+        """Select each KV head's tokens by label score; in two parts, find what may enter and give it slots.
 
         attended: the step attends to this selection, which the next sticky ones then start from; else it
         only moves rows early.
@@ -134,29 +135,27 @@ class LayerCache:
         if not self.one_kernel:
             label_scores(*arguments, self.state.lengths, *fixed, work.scores)
         if self.in_two_parts:
-            self._admit(arguments, work, attended)
+            self._admit(arguments, work, phase, attended)
         elif self.one_kernel:
             chosen = (selection.tokens, selection.counts)
             select_by_labels_cluster(*arguments, self.budgets, self.state.lengths, *fixed, *chosen)
         else:
             self._top_k(selection, work, attended)
 
-    def _admit(self, label_arguments: tuple[Any, ...], work: Workspace, attended: bool) -> None:
-        """Sticky selection's first part: the tokens that may enter, and the candidates."""
-        assert self.history is not None
-        limits = (
-            self.budgets,
-            self.new_rows or 0,
-            self.state.lengths,
-            self.resident.sinks,
-            self.resident.recent,
-        )
-        entering = (work.entering.tokens, work.entering.counts)
-        rest: tuple[Any, ...] = (*limits, self.history, attended, *entering, work.candidates)
+    def _admit(self, scored_by: tuple[Any, ...], work: Workspace, phase: int, attended: bool) -> None:
+        """Sticky selection's first part: the tokens that may enter, with their slots, and the candidates."""
+        fixed = (self.resident.sinks, self.resident.recent)
+        limits = (self.budgets, self.new_rows or 0, self.state.lengths, *fixed)
+        entering = work.entering
+        lists = (self.history, attended, entering.tokens, entering.counts, work.candidates)
+        arguments: tuple[Any, ...] = (*limits, *lists)
         if self.one_kernel:
-            admit_in_clusters(*label_arguments, *rest)
+            misses = (*work.misses.lists, self.counters)
+            slots: tuple[Any, ...] = (self.resident.maps, self.state.step, phase, REMEMBERED, misses)
+            admit_in_clusters(*scored_by, *arguments, *slots)
         else:
-            admit_reference(work.scores, *rest)
+            admit_reference(work.scores, *arguments)
+            self._resolve(entering, work.misses, phase, False, ENTERING)
 
     def _top_k(self, selection: Selection, work: Workspace, attended: bool) -> None:
         """The best-scored tokens, or with a history the sticky ones."""
@@ -171,10 +170,8 @@ class LayerCache:
         )
 
     def give_slots(self, selection: Selection, work: Workspace, phase: int, attended: bool) -> None:
-        """Give each selected token a slot, or in two parts each that may enter; list the rows to gather."""
-        if self.in_two_parts:
-            self._resolve(work.entering, work.misses, phase, False, ENTERING)
-        else:
+        """See that each selected token has a slot, and list those whose rows have to be gathered."""
+        if not self.in_two_parts:
             self._resolve(selection, work.misses, phase, attended, WHOLE)
 
     def finish(self, selection: Selection, work: Workspace, phase: int, attended: bool) -> None:
@@ -182,21 +179,20 @@ class LayerCache:
 
         There are such rows when a member has lost its slot, which none does where holds_members is True.
         """
-        if self.in_two_parts:
-            assert self.history is not None
-            choose = choose_in_clusters if self.one_kernel else choose_reference
-            rest = (self.budgets, self.resident.sinks, self.history, attended)
-            choose(work.candidates, *rest, selection.tokens, selection.counts)
+        if not self.in_two_parts:
+            return
+        resident, choose = self.resident, choose_in_clusters if self.one_kernel else choose_reference
+        assert self.history is not None
+        chosen = (selection.tokens, selection.counts, resident.slot_of_token, resident.stamps)
+        steps = (self.state.step, phase, self.counters)
+        choose(work.candidates, self.budgets, resident.sinks, self.history, attended, *chosen, *steps)
+        if not self.holds_members:
             self._resolve(selection, work.late_misses, phase, attended, REST)
 
     def _resolve(self, listed: Selection, misses: Misses, phase: int, attended: bool, part: int) -> None:
-        resident = self.resident
-        slot_maps = (resident.slot_of_token, resident.token_in_slot, resident.stamps, resident.hand)
         kept_steps = 0 if self.history is None else REMEMBERED
-        resolve(
-            listed.tokens, listed.counts, *slot_maps, self.state.step, phase, attended, kept_steps, part,
-            misses.tokens, misses.slots, misses.counts, self.counters,
-        )  # fmt: skip
+        purpose: tuple[Any, ...] = (self.state.step, phase, attended, kept_steps, part)
+        resolve(listed.tokens, listed.counts, *self.resident.maps, *purpose, *misses.lists, self.counters)
 
     def gather(self, work: Workspace) -> None:
         """Bring the rows that give_slots() listed from host memory into their slots."""
@@ -208,8 +204,7 @@ class LayerCache:
             self._gather(work.late_misses)
 
     def _gather(self, misses: Misses) -> None:
-        lists = (misses.tokens, misses.slots, misses.counts)
-        gather_rows(self.host.rows, *lists, self.resident.slots, self.layout.fixed_slots)
+        gather_rows(self.host.rows, *misses.lists, self.resident.slots, self.layout.fixed_slots)
 
     def attend(
         self,

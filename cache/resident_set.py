@@ -35,6 +35,11 @@ class ResidentSet:
         self.hand = torch.zeros(heads, dtype=torch.int32, device=device)
 
     @property
+    def maps(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As the kernels take them."""
+        return self.slot_of_token, self.token_in_slot, self.stamps, self.hand
+
+    @property
     def slots(self) -> torch.Tensor:
         """[B, Hkv, places, row]; the same tensor until release()."""
         if self._slots is None:

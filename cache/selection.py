@@ -24,6 +24,11 @@ class Misses:
         self.slots = torch.empty_like(self.tokens)
         self.counts = torch.empty(shape[:2], dtype=torch.int32, device=device)
 
+    @property
+    def lists(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As the kernels take them."""
+        return self.tokens, self.slots, self.counts
+
 
 class Workspace:
     """Scratch that one stream's selections share: scores and the list of missed rows.

@@ -82,11 +82,18 @@ def choose_reference(
     attended: bool,
     tokens: torch.Tensor,
     counts: torch.Tensor,
+    slot_of_token: torch.Tensor,
+    stamps: torch.Tensor,
+    step: torch.Tensor,
+    phase: int,
+    counters: torch.Tensor,
 ) -> None:
-    """Select the best candidates, ties to the earliest.
+    """Select the best candidates, ties to the earliest, and stamp their slots as attended to.
 
     Writes tokens [B, Hkv, K] int32 (ascending, -1 past the count) and counts [B, Hkv] int32; attended: the
-    history [B, Hkv, P], which admit_reference moved on, takes the selection in.
+    history [B, Hkv, P], which admit_reference moved on, takes the selection in. slot_of_token, stamps, step,
+    phase and counters as in residency.resolve_reference: what is selected counts as SELECTED and HITS, for
+    misses are counted where they get slots.
     """
     tokens.fill_(-1)
     for b in range(tokens.shape[0]):
@@ -97,5 +104,8 @@ def choose_reference(
             chosen = candidates.tokens[b, h, order[:k].sort().values].long()
             tokens[b, h, :k] = chosen.int()
             counts[b, h] = k
+            counters[b, phase, :2] += k
             if attended:
                 history[b, h, chosen - sinks] |= 1
+                slots = slot_of_token[b, h, chosen]
+                stamps[b, h, slots[slots >= 0].long(), 0] = int(step)

@@ -1,11 +1,19 @@
-// Sticky selection's first part: score by label, admit the best tokens that are no members, list the candidates.
+// Sticky selection's first part: score by label, admit the best tokens that are no members, list the candidates,
+// and give what may enter slots.
 //
 // A thread block cluster for each (sequence, KV head), scoring and choosing as select_cluster.cu does. What may
-// enter is known here, before the selection is (choose_cluster.cu): its rows can be on their way meanwhile.
+// enter is known here, before the selection is (choose_cluster.cu): its rows can be on their way meanwhile. Slots
+// are given here too (resolve_list.cuh), since a kernel of its own waits for room beside the model's (26 us
+// where it takes 9 alone, H200).
 // Scores are in units of log 2 and differ from label_scores_reference by rounding only.
 //
 // Compile-time: as in select_cluster.cu. cluster.cuh, order_key.cuh, label_mma.cuh, cluster_topk.cuh,
-// score_tokens.cuh and member_bits.cuh go before this text. No includes: nvrtc needs no header path.
+// score_tokens.cuh, member_bits.cuh and resolve_list.cuh go before this text. No includes: nvrtc needs no header path.
+
+struct AdmitShared {
+    Shared topk;
+    ListShared list;
+};
 
 // Warp 0: the members in lower CTAs to shared.lower_members, after a barrier since they were counted. What it reads
 // of other CTAs has arrived at the next __syncthreads, since it is stored.
@@ -19,10 +27,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     admit_cluster(
         const float* query_labels, const float* offsets, const unsigned char* codes, const unsigned* scales,
         const int* budgets, const int* lengths, unsigned char* history, int* entering, int* entering_counts,
-        int* candidates, float* candidate_scores, int* candidate_counts, int kv_heads, int capacity, int pitch,
-        int sinks, int recent, int new_rows, int attended, int k_max, int listed_max) {
+        int* candidates, float* candidate_scores, int* candidate_counts, int* slot_of_token, int* token_in_slot,
+        Stamp* stamps, int* hand, const int* step, int* miss_tokens, int* miss_slots, int* miss_counts,
+        unsigned long long* counters, int kv_heads, int capacity, int pitch, int sinks, int recent, int new_rows,
+        int attended, int k_max, int listed_max, int n_slots, int phase, int kept_steps) {
     extern __shared__ __align__(16) unsigned dynamic[];
-    __shared__ Shared shared;
+    __shared__ AdmitShared both;
+    Shared& shared = both.topk;
     unsigned rank = cta_rank();
     int sequence = blockIdx.z, row = sequence * kv_heads + (int)blockIdx.y;
     int end = max(lengths[sequence] - recent, sinks), span = end - sinks, k = min(budgets[row], span);
@@ -51,15 +62,20 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     Range range = find_range(part, wanted, round, shared, others);
     if (threadIdx.x < 32) count_lower_members(rank, shared);
     collect(part, range, chosen, shared, others);
-    int lower = choose_listed(part, wanted, rank, chosen, shared);
-    cluster_arrive_relaxed();  // this thread reads no other CTA's memory below
-    for_each_marked(chosen, n, lower, shared, [&](int to, int i) { entering[to] = first + i; });
+    int from = choose_listed(part, wanted, rank, chosen, shared);
+    int to = for_each_marked(chosen, n, from, shared, [&](int at, int i) { entering[at] = first + i; });
     for (int i = threadIdx.x; i < (n + 31) / 32; i += THREADS) member_bits[i] |= chosen[i];
-    __syncthreads();
-    for_each_marked(member_bits, n, lower + shared.lower_members, shared, [&](int to, int i) {
-        candidates[to] = first + i, candidate_scores[to] = key_score(keys[i]);
+    for_each_marked(member_bits, n, from + shared.lower_members, shared, [&](int at, int i) {
+        candidates[at] = first + i, candidate_scores[at] = key_score(keys[i]);
     });
     if (rank == 0 && threadIdx.x == 0)
         entering_counts[row] = admitted, candidate_counts[row] = members + admitted;
+
+    Slots resident = {slot_of_token + (long long)row * capacity, token_in_slot + (long long)row * n_slots,
+                      stamps + (long long)row * n_slots, hand + row, n_slots};
+    Missed missed = {miss_tokens + (long long)row * k_max, miss_slots + (long long)row * k_max, miss_counts + row};
+    // Whether they are attended to is not known yet.
+    Purpose purpose = {*step, phase, 0, kept_steps, ENTERING, counters + sequence * 8 + phase * 4};  // [B, 2, 4]
+    resolve_list(entering, {from, to}, resident, missed, purpose, rank, both.list);
     cluster_wait();  // no CTA leaves while another may read its shared memory
 }

@@ -4,13 +4,17 @@ Where select_cluster.cluster_select_available() is False, scores.label_scores an
 same work at once.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from .admission import Candidates
-from .cluster_launch import SCORING_SOURCES, TOPK_SOURCES, compiled, label_defines, launch
+from .cluster_launch import ADMITTING_SOURCES, CHOOSING_SOURCES, compiled, label_defines, launch
 from .select_cluster import cluster_sizes, dynamic_bytes
 
-CHOICE_CLUSTER = 8  # CTAs; 32,768 candidates are 4,096 each, and every GPU with clusters can place it
+# CTAs that choose for one KV head. Few take longer and leave more of the GPU to what runs beside them: see
+# choose_in_clusters. A large budget's candidates need the shared memory of many.
+FEW, MANY = 2, 8
 
 
 def admit_in_clusters(
@@ -29,20 +33,29 @@ def admit_in_clusters(
     entering: torch.Tensor,
     entering_counts: torch.Tensor,
     candidates: Candidates,
+    slot_maps: Sequence[torch.Tensor],
+    step: torch.Tensor,
+    phase: int,
+    kept_steps: int,
+    misses: Sequence[torch.Tensor],
 ) -> None:
-    """label_scores and then admit_reference; labels and rounding as in select_by_labels_cluster."""
+    """label_scores, admit_reference and, of what may enter, residency.resolve_reference, in one launch.
+
+    Labels and rounding as in select_by_labels_cluster. slot_maps: slot_of_token, token_in_slot, stamps and
+    hand; misses: miss_tokens, miss_slots, miss_counts and counters, all as in resolve_reference.
+    """
     batch, kv_heads, capacity = codes.shape[:3]
     channels, group = query_labels.shape[2], query_labels.shape[1] // kv_heads
     sizes = cluster_sizes(batch * kv_heads, capacity, 2, entering.device)
-    sources, defines = (*SCORING_SOURCES, "member_bits.cuh"), label_defines(channels, bits, group)
-    kernel = compiled("admit_cluster", sources, defines, sizes, entering.device.index)
+    defines = label_defines(channels, bits, group)
+    kernel = compiled("admit_cluster", ADMITTING_SOURCES, defines, sizes, entering.device.index)
     labels = (query_labels, offsets, codes, scales)
-    tensors = (*labels, budgets, lengths, history, entering, entering_counts, *candidates)
+    lists = (entering, entering_counts, *candidates)
+    tensors = (*labels, budgets, lengths, history, *lists, *slot_maps, step, *misses)
     limits = (sinks, recent, new_rows, int(attended))
-    sizes_of_lists = (entering.shape[-1], candidates.tokens.shape[-1])
-    launch(
-        kernel, (batch, kv_heads), tensors, (kv_heads, capacity, history.shape[-1], *limits, *sizes_of_lists)
-    )
+    lengths_of_lists = (entering.shape[-1], candidates.tokens.shape[-1], slot_maps[1].shape[-1])
+    numbers = (kv_heads, capacity, history.shape[-1], *limits, *lengths_of_lists, phase, kept_steps)
+    launch(kernel, (batch, kv_heads), tensors, numbers)
 
 
 def choose_in_clusters(
@@ -53,13 +66,21 @@ def choose_in_clusters(
     attended: bool,
     tokens: torch.Tensor,
     counts: torch.Tensor,
+    slot_of_token: torch.Tensor,
+    stamps: torch.Tensor,
+    step: torch.Tensor,
+    phase: int,
+    counters: torch.Tensor,
 ) -> None:
-    """choose_reference, with the same bits."""
+    """choose_reference, with the same bits.
+
+    A prediction's choice (phase 0) has the time of a gather, and runs beside the model's products: by few
+    CTAs, since many slow those by 10 us a layer (H200). A layer waits for its true one: by many, 15 us.
+    """
     batch, kv_heads, k_max = tokens.shape
     listed = candidates.tokens.shape[-1]
-    size = (CHOICE_CLUSTER, dynamic_bytes(listed, CHOICE_CLUSTER, 1))
-    kernel = compiled("choose_cluster", TOPK_SOURCES, (), (size,), tokens.device.index)
-    tensors = (*candidates, budgets, history, tokens, counts)
-    launch(
-        kernel, (batch, kv_heads), tensors, (kv_heads, listed, history.shape[-1], sinks, int(attended), k_max)
-    )
+    sizes = tuple((ctas, dynamic_bytes(listed, ctas, 1)) for ctas in ((FEW, MANY) if phase == 0 else (MANY,)))
+    kernel = compiled("choose_cluster", CHOOSING_SOURCES, (), sizes, tokens.device.index)
+    tensors = (*candidates, budgets, history, tokens, counts, slot_of_token, stamps, step, counters)
+    numbers = (kv_heads, listed, history.shape[-1], sinks, int(attended), k_max)
+    launch(kernel, (batch, kv_heads), tensors, (*numbers, slot_of_token.shape[-1], stamps.shape[-2], phase))

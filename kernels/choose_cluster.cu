@@ -1,9 +1,10 @@
-// Sticky selection's second part: the best of the candidates that admit_cluster.cu listed, in token order.
+// Sticky selection's second part: the best of the candidates that admit_cluster.cu listed, in token order, and
+// the stamps of their slots.
 //
 // A thread block cluster for each (sequence, KV head), choosing as select_cluster.cu does.
 //
-// Compile-time: THREADS, CLUSTER. cluster.cuh, order_key.cuh and cluster_topk.cuh go before this text. No
-// includes: nvrtc needs no header path.
+// Compile-time: THREADS, CLUSTER. cluster.cuh, order_key.cuh, cluster_topk.cuh and resolve_list.cuh go
+// before this text. No includes: nvrtc needs no header path.
 
 // Fill keys [n] with those of the scores and count them.
 __device__ void load_keys(const float* scores, int n, unsigned* keys, Shared& shared) {
@@ -16,8 +17,9 @@ __device__ void load_keys(const float* scores, int n, unsigned* keys, Shared& sh
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS) choose_cluster(
     const int* candidates, const float* candidate_scores, const int* candidate_counts, const int* budgets,
-    unsigned char* history, int* tokens, int* counts, int kv_heads, int listed_max, int pitch, int sinks, int attended,
-    int k_max) {
+    unsigned char* history, int* tokens, int* counts, const int* slot_of_token, Stamp* stamps, const int* step,
+    unsigned long long* counters, int kv_heads, int listed_max, int pitch, int sinks, int attended, int k_max,
+    int capacity, int n_slots, int phase) {
     extern __shared__ __align__(16) unsigned dynamic[];
     __shared__ Shared shared;
     unsigned rank = cta_rank();
@@ -28,6 +30,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     unsigned *keys = dynamic, *chosen = keys + share;
     candidates += row * listed_max, candidate_scores += row * listed_max;
     history += row * pitch, tokens += row * k_max;
+    slot_of_token += row * capacity, stamps += row * n_slots;
+    counters += blockIdx.z * 8 + phase * 4;  // [B, 2, 4]
+    int now = *step;
 
     clear_counts(shared);
     cluster_publish();
@@ -43,9 +48,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     for_each_marked(chosen, n, lower, shared, [&](int to, int i) {
         int token = candidates[first + i];
         tokens[to] = token;
+        int slot = attended ? slot_of_token[token] : -1;
         if (attended) history[token - sinks] |= 1;
+        if (slot >= 0) stamps[slot].attended = now;
     });
     for (int i = k + rank * THREADS + threadIdx.x; i < k_max; i += CLUSTER * THREADS) tokens[i] = -1;
+    if (rank == 0 && threadIdx.x < 2) atomicAdd(counters + threadIdx.x, (unsigned long long)k);  // SELECTED, HITS
     if (rank == 0 && threadIdx.x == 0) counts[row] = k;
     cluster_wait();  // no CTA leaves while another may read its shared memory
 }

@@ -17,8 +17,10 @@ from .cuda_source import compile_source, shared_limit
 THREADS = 512  # a CTA; two such CTAs share an SM where 64 registers a thread are enough
 NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14  # CUfunction_attribute of cuda.h
 STATIC_BYTES = 16 * 1024  # struct Shared of cluster_topk.cuh, at most (clusters of 8: 15,504 bytes by ptxas)
-TOPK_SOURCES = ("cluster.cuh", "order_key.cuh", "cluster_topk.cuh")
+LIST_SOURCES = ("cluster.cuh", "order_key.cuh", "resolve_list.cuh")
+CHOOSING_SOURCES = ("cluster.cuh", "order_key.cuh", "cluster_topk.cuh", "resolve_list.cuh")
 SCORING_SOURCES = ("cluster.cuh", "order_key.cuh", "label_mma.cuh", "cluster_topk.cuh", "score_tokens.cuh")
+ADMITTING_SOURCES = (*SCORING_SOURCES, "member_bits.cuh", "resolve_list.cuh")
 
 
 def label_defines(channels: int, bits: int, group: int) -> tuple[tuple[str, int], ...]:

@@ -215,9 +215,10 @@ __device__ int choose_listed(Part part, int wanted, unsigned rank, unsigned* cho
     return __reduce_add_sync(ALL, higher) + __syncthreads_count(taken && candidate < mine);
 }
 
-// Call put(place, i) for this CTA's tokens i that are marked [n / 32], in order, from `place` on.
+// Call put(place, i) for this CTA's tokens i that are marked [n / 32], in order, from `place` on; returns the
+// place after the last. All threads have put theirs then.
 template <class Put>
-__device__ void for_each_marked(const unsigned* marks, int n, int place, Shared& shared, Put put) {
+__device__ int for_each_marked(const unsigned* marks, int n, int place, Shared& shared, Put put) {
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, words = (n + 31) / 32;
     for (int base = 0; base < words; base += THREADS) {
         int word = base + threadIdx.x;
@@ -235,4 +236,5 @@ __device__ void for_each_marked(const unsigned* marks, int n, int place, Shared&
         place += __reduce_add_sync(ALL, of_warp);
         __syncthreads();
     }
+    return place;
 }

@@ -18,7 +18,7 @@ from .resolve_cluster import resolve_in_clusters
 SELECTED, HITS, FROM_PREDICTION, WANTED = 0, 1, 2, 3
 
 # What a list of tokens is of its selection: all of it, or of one made in two parts (admission.py) what may
-# enter, and afterwards all of it. Of what may enter only misses are counted: they are hits afterwards.
+# enter, and afterwards all of it. These count misses only: what is selected counts where it is chosen.
 WHOLE, ENTERING, REST = 0, 1, 2
 
 
@@ -79,7 +79,7 @@ def resolve_reference(
             miss_tokens[b, h, : len(missed)] = missed.int()
             miss_slots[b, h, : len(missed)] = victims.int()
             miss_counts[b, h] = len(missed)
-            selected = 0 if part == ENTERING else len(chosen)
+            selected = len(chosen) if part == WHOLE else 0
             wanted = 0 if part == REST else len(chosen)
             counted = [selected, selected - len(missed), predicted if wanted else 0, wanted]
             counters[b, phase] += torch.tensor(counted, dtype=torch.int64, device=counters.device)
@@ -187,7 +187,7 @@ def resolve_kernel(
     tl.store(hand + row, (last + 1) % n_slots)
     tl.store(miss_counts + row, misses)
     counters += (row // kv_heads) * 8 + PHASE * 4
-    selected = count if PART != 1 else 0  # 1: ENTERING
+    selected = count if PART == 0 else 0  # WHOLE
     tl.atomic_add(counters + 0, tl.cast(selected, tl.int64), sem="relaxed")
     tl.atomic_add(counters + 1, tl.cast(selected - misses, tl.int64), sem="relaxed")
     if PART != 2:  # REST

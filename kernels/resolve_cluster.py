@@ -5,15 +5,10 @@ head on an H100. The CUDA source is compiled at first use through CuPy's
 RawModule: call it once before a CUDA graph captures it.
 """
 
-import functools
-from typing import Any
-
-import numpy as np
 import torch
 
-from .cuda_source import compile_source
+from .cluster_launch import LIST_SOURCES, compiled, launch
 
-THREADS = 512  # as in resolve_cluster.cu
 CLUSTER = 8  # CTAs; the most that every GPU with clusters can place
 
 
@@ -35,31 +30,12 @@ def resolve_in_clusters(
     counters: torch.Tensor,
 ) -> None:
     """residency.resolve_reference with the same bits; all tensors contiguous."""
-    import cupy
-
     batch, kv_heads, k_max = tokens.shape
-    device = tokens.device
     tensors = (
         tokens, counts, slot_of_token, token_in_slot, stamps, hand, step,
         miss_tokens, miss_slots, miss_counts, counters,
     )  # fmt: skip
-    assert all(tensor.is_contiguous() for tensor in tensors)
-    numbers = (
-        kv_heads, k_max, slot_of_token.shape[-1], token_in_slot.shape[-1], int(attended), kept_steps, part
-    )  # fmt: skip
-    stream = torch.cuda.current_stream(device).cuda_stream
-    with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream):
-        compiled(phase, device.index)(
-            (CLUSTER, kv_heads, batch),
-            (THREADS,),
-            (*(tensor.data_ptr() for tensor in tensors), *(np.int32(number) for number in numbers)),
-        )
-
-
-@functools.cache
-def compiled(phase: int, device_index: int) -> Any:
-    import cupy
-
-    with cupy.cuda.Device(device_index):
-        defines = {"CLUSTER": CLUSTER, "PHASE": phase}
-        return compile_source(("cluster.cuh", "resolve_cluster.cu"), "resolve_cluster", defines)
+    sizes = (slot_of_token.shape[-1], token_in_slot.shape[-1])
+    numbers = (kv_heads, k_max, *sizes, phase, int(attended), kept_steps, part)
+    kernel = compiled("resolve_cluster", LIST_SOURCES, (), ((CLUSTER, 0),), tokens.device.index)
+    launch(kernel, (batch, kv_heads), tensors, numbers)

@@ -109,7 +109,7 @@ class Prefetcher:
         )
         asked = cache.label_query(query, scale, PREDICTED)
         self._record(self.asked, target)
-        cache.select(asked, prediction, work, self.attend_predicted)
+        cache.select(asked, prediction, work, PREDICTED, self.attend_predicted)
         cache.give_slots(prediction, work, PREDICTED, self.attend_predicted)
         self._record(self.entered, target)
         if self._finishes(cache):
@@ -169,7 +169,7 @@ class Prefetcher:
         cache, selection, work = self.caches[index], self.selection, self.work
         if index in self.predicted_layers:
             self._wait(self.chosen, index)  # both selections read the history and change the slots' maps
-        cache.select(cache.label_query(query, scale, TRUE), selection, work, True)
+        cache.select(cache.label_query(query, scale, TRUE), selection, work, TRUE, True)
         if index + 1 in self.predicted_layers:
             # Beside each other two selections take 120 us, one after the other 72 each (H100, 262,144
             # tokens), and this layer waits for its own.

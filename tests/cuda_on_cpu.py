@@ -27,7 +27,7 @@ def build(name: str, defines: tuple[tuple[str, int], ...], sources: tuple[str, .
     text += "".join(f"#define {key} {value}\n" for key, value in defines)
     for source in sources:
         text += (HERE / source if source.endswith(".h") else KERNELS / source).read_text()
-    text = text.replace("__shared__ Shared shared;", "Shared& shared = static_shared<Shared>();")
+    text = re.sub(r"__shared__ (\w+) (\w+);", r"\1& \2 = static_shared<\1>();", text)
     text = text.replace(
         "extern __shared__ __align__(16) unsigned dynamic[];", "unsigned* dynamic = dynamic_shared();"
     )

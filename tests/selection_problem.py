@@ -1,14 +1,10 @@
 """Labels and queries to select by, and how a cluster kernel's selections have to agree with the reference."""
 
-import math
-
 import torch
 
-from offload_runtime.kernels.admission import admit_reference, empty_candidates, most_candidates
-from offload_runtime.kernels.history import empty_history, members_of
+from offload_runtime.kernels.history import empty_history
 from offload_runtime.kernels.labels import quantise
 from offload_runtime.kernels.scores import label_scores_reference
-from offload_runtime.kernels.sticky import sticky_topk_reference
 
 SINKS, RECENT = 4, 64
 
@@ -54,15 +50,6 @@ class Problem:
         """What every kernel that scores begins with."""
         return self.query_labels, self.offsets, self.codes, self.scales
 
-    def empty_admission(self):
-        """What may enter (tokens, counts) and the candidates, all of them garbage."""
-        entering, counts = self.empty_selection()
-        batch, kv_heads, capacity = self.shape
-        listed = empty_candidates(batch, kv_heads, most_candidates(self.k_max, capacity), self.device)
-        for written in (entering, counts, *listed):
-            written.fill_(55)
-        return entering, counts, listed
-
     def empty_history(self):
         return empty_history(*self.shape, self.device)
 
@@ -93,64 +80,3 @@ def check(tokens, counts, expected_tokens, expected_counts, scores, most=None):
             ours, theirs = scores[b, h, got].sort().values, scores[b, h, want].sort().values
             spread = (selectable.max() - selectable.min()).item()
             assert (ours - theirs).abs().max().item() <= (1e-3 * spread if most is None else most)
-
-
-def check_admission(problem, admit, history, new_rows, attended):
-    """One step's first part from a history, which moves on in place. admit(history, new_rows, attended)."""
-    before, scores, expected = history.clone(), problem.scores(), problem.empty_admission()
-    entering, counts, listed = admit(history, new_rows, attended)
-    fixed = (problem.budgets, new_rows, problem.lengths, SINKS, RECENT)
-    moved_on = before.clone()
-    admit_reference(scores, *fixed, moved_on, attended, *expected)
-    assert torch.equal(history, moved_on)
-    check_listed(entering, counts, *expected[:2], scores)
-    check_listed(listed.tokens, listed.counts, expected[2].tokens, expected[2].counts, scores)
-    for b, per_head in enumerate(listed.counts.tolist()):
-        for h, count in enumerate(per_head):
-            # Scores in the kernel are in units of log 2.
-            own = listed.scores[b, h, :count] * math.log(2)
-            torch.testing.assert_close(
-                own, scores[b, h, listed.tokens[b, h, :count].long()], rtol=1e-3, atol=1e-2
-            )
-    return entering, counts, listed
-
-
-def check_listed(tokens, counts, expected_tokens, expected_counts, scores):
-    """As check(), of a list that says nothing past its count."""
-    tokens, expected_tokens = tokens.clone(), expected_tokens.clone()
-    past = torch.arange(tokens.shape[-1], device=tokens.device) >= counts[..., None]
-    tokens[past] = -1
-    expected_tokens[past] = -1
-    check(tokens, counts, expected_tokens, expected_counts, scores)
-
-
-def check_sticky_steps(problem, select, new_rows, steps, most=None):
-    """Each step's selection from the same history as the reference's, and the history it leaves.
-
-    select(history, new_rows, attended, step) gives what may enter (tokens, counts), the candidates, and the
-    selection's tokens and counts.
-    """
-    history = problem.empty_history()
-    for step in range(steps):
-        problem.query_labels += problem.normal(*problem.query_labels.shape) * 0.1
-        before, scores, expected = history.clone(), problem.scores(), problem.empty_selection()
-        predicted = select(history, new_rows, False, step)[3]
-        assert torch.equal(history, before)
-        entering, entering_counts, listed, tokens, counts = select(history, new_rows, True, step)
-        assert torch.equal(tokens, predicted)
-        fixed = (new_rows, problem.lengths, SINKS, RECENT)
-        sticky_topk_reference(scores, problem.budgets, *fixed, before.clone(), True, *expected)
-        check(tokens, counts, *expected, scores, most)
-        # Entry i of a history is token SINKS + i.
-        chosen = torch.zeros(history.shape, dtype=torch.int32, device=problem.device)
-        chosen.scatter_add_(2, (tokens.long() - SINKS).clamp_min(0), (tokens >= 0).int())
-        assert torch.equal(history.int(), (before.int() << 1 & 255) | chosen)
-        for b, per_head in enumerate(counts.tolist()):
-            for h, count in enumerate(per_head):
-                members = members_of(before[b, h], count, new_rows)
-                new = (chosen[b, h] > 0) & ~members
-                assert step == 0 or int(new.sum()) <= new_rows
-                admitted = entering[b, h, : int(entering_counts[b, h])].long() - SINKS
-                assert not members[admitted].any()
-                assert set(new.nonzero().flatten().tolist()) <= set(admitted.tolist())
-                assert int(listed.counts[b, h]) == int(members.sum()) + len(admitted)

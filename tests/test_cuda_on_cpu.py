@@ -3,18 +3,23 @@
 import pytest
 import torch
 
-from offload_runtime.kernels.admission import choose_reference
 from offload_runtime.kernels.residency import resolve_reference
 from offload_runtime.kernels.topk import select_topk_reference
 
+from .admission_problem import SHORTER, check_equal_scores, check_shorter, check_sticky_steps
 from .cuda_on_cpu import build, launch, needs_compiler
 from .hopper import missing
-from .selection_problem import RECENT, SINKS, Problem, check, check_admission, check_sticky_steps
+from .selection_problem import RECENT, SINKS, Problem, check
 from .test_residency import Resident, random_selection, selections_in_parts
 
 pytestmark = [needs_compiler, pytest.mark.skipif(not missing(), reason="the kernels themselves run here")]
 CLUSTER = 8
+CTAS = {"THREADS": 512, "CLUSTER": CLUSTER}
 MOST = 1e-3  # that scores of two selections may differ by
+
+
+def kernel(name, sources, defines):
+    return build(name, tuple((CTAS | defines).items()), (*sources, f"{name}.cu"))
 
 
 def resolve_emulated(backwards):
@@ -22,19 +27,12 @@ def resolve_emulated(backwards):
         tokens, counts, slot_of_token, token_in_slot, stamps, hand, step, phase, attended, kept_steps, part,
         miss_tokens, miss_slots, miss_counts, counters,
     ):  # fmt: skip
-        library = build("resolve_cluster", (("CLUSTER", CLUSTER), ("PHASE", phase)), ("resolve_cluster.cu",))
+        library = kernel("resolve_cluster", ("order_key.cuh", "resolve_list.cuh"), {})
         batch, kv_heads, k_max = tokens.shape
         tensors = (tokens, counts, slot_of_token, token_in_slot, stamps, hand, step)
         written = (miss_tokens, miss_slots, miss_counts, counters)
-        numbers = (
-            kv_heads,
-            k_max,
-            slot_of_token.shape[-1],
-            token_in_slot.shape[-1],
-            attended,
-            kept_steps,
-            part,
-        )
+        sizes = (kv_heads, k_max, slot_of_token.shape[-1], token_in_slot.shape[-1])
+        numbers = (*sizes, phase, attended, kept_steps, part)
         launch(library, kv_heads, batch, *tensors, *written, *numbers, backwards=backwards)
 
     return run
@@ -74,12 +72,7 @@ def problem_on_cpu(lengths, capacity, budgets):
 
 
 LABELS = {"CHANNELS": 32, "BITS": 4, "GROUP": 4, "STEPS": 2, "PREFETCH": 1, "RESIDENT": 2}
-CTAS = {"THREADS": 512, "CLUSTER": CLUSTER}
 SCORING = ("order_key.cuh", "label_scores.h", "cluster_topk.cuh", "score_tokens.cuh")
-
-
-def kernel(name, sources, defines):
-    return build(name, tuple((CTAS | defines).items()), (*sources, f"{name}.cu"))
 
 
 def select(problem, backwards=False):
@@ -94,37 +87,41 @@ def select(problem, backwards=False):
     return tokens, counts
 
 
-def admit(problem, history, new_rows, attended, backwards):
-    """What may enter (tokens, counts), and the candidates."""
-    entering, counts, candidates = problem.empty_admission()
-    batch, kv_heads, capacity = problem.shape
-    tensors = (*problem.labels, problem.budgets, problem.lengths, history, entering, counts, *candidates)
-    limits = (SINKS, RECENT, new_rows, attended, problem.k_max, candidates.tokens.shape[-1])
-    library = kernel("admit_cluster", (*SCORING, "member_bits.cuh"), LABELS)
-    launch(
-        library,
-        kv_heads,
-        batch,
-        *tensors,
-        kv_heads,
-        capacity,
-        history.shape[-1],
-        *limits,
-        backwards=backwards,
-    )
-    return entering, counts, candidates
+def admit(backwards):
+    """Runs like admit_in_clusters."""
+
+    def run(
+        query_labels, offsets, codes, scales, bits, budgets, new_rows, lengths, sinks, recent, history,
+        attended, entering, entering_counts, candidates, slot_maps, step, phase, kept_steps, misses,
+    ):  # fmt: skip
+        (batch, kv_heads, capacity), k_max = codes.shape[:3], entering.shape[-1]
+        labels, lists = (query_labels, offsets, codes, scales), (entering, entering_counts, *candidates)
+        tensors = (*labels, budgets, lengths, history, *lists, *slot_maps, step, *misses)
+        limits = (sinks, recent, new_rows, attended, k_max, candidates.tokens.shape[-1])
+        slots = (slot_maps[1].shape[-1], phase, kept_steps)
+        library = kernel("admit_cluster", (*SCORING, "member_bits.cuh", "resolve_list.cuh"), LABELS)
+        numbers = (kv_heads, capacity, history.shape[-1], *limits, *slots)
+        launch(library, kv_heads, batch, *tensors, *numbers, backwards=backwards)
+
+    return run
 
 
-def choose(problem, candidates, history, attended, backwards):
-    tokens, counts = problem.empty_selection()
-    tokens.fill_(77)
-    batch, kv_heads, _ = problem.shape
-    listed = candidates.tokens.shape[-1]
-    tensors = (*candidates, problem.budgets, history, tokens, counts)
-    numbers = (kv_heads, listed, history.shape[-1], SINKS, attended, problem.k_max)
-    library = kernel("choose_cluster", ("order_key.cuh", "cluster_topk.cuh"), {})
-    launch(library, kv_heads, batch, *tensors, *numbers, backwards=backwards)
-    return tokens, counts
+def choose(backwards, ctas=CLUSTER):
+    """Runs like choose_in_clusters."""
+
+    def run(
+        candidates, budgets, sinks, history, attended, tokens, counts, slot_of_token, stamps, step, phase,
+        counters,
+    ):  # fmt: skip
+        batch, kv_heads, k_max = tokens.shape
+        tensors = (*candidates, budgets, history, tokens, counts, slot_of_token, stamps, step, counters)
+        sizes = (kv_heads, candidates.tokens.shape[-1], history.shape[-1], sinks, attended, k_max)
+        sources = ("order_key.cuh", "cluster_topk.cuh", "resolve_list.cuh")
+        library = kernel("choose_cluster", sources, {"CLUSTER": ctas})
+        numbers = (*sizes, slot_of_token.shape[-1], stamps.shape[-2], phase)
+        launch(library, kv_heads, batch, *tensors, *numbers, backwards=backwards)
+
+    return run
 
 
 @pytest.mark.parametrize("backwards", [False, True])
@@ -150,34 +147,15 @@ def test_scores_that_hardly_differ_or_lie_outside_the_bins(scale):
 @pytest.mark.parametrize("new_rows", [0, 40, 5000])
 def test_sticky_selection_and_its_history(new_rows):
     problem = problem_on_cpu([5003, 3000, 100], 5003, [400, 256, 50])
-
-    def run(history, new_rows, attended, step):
-        backwards = attended and step % 2 == 1
-        admitted = admit(problem, history, new_rows, attended, backwards)
-        return *admitted, *choose(problem, admitted[2], history, attended, not backwards)
-
-    check_sticky_steps(problem, run, new_rows, 5, MOST)
+    runs = (admit(False), choose(True)), (admit(True), choose(False, ctas=2))
+    check_sticky_steps(problem, lambda step, attended: runs[step % 2 and attended], new_rows, 5, MOST)
 
 
 def test_a_sequence_that_became_shorter_and_a_head_without_budget():
     """What the history holds past the end neither counts nor changes."""
-    problem = problem_on_cpu([900, 500, 60], 1003, [[90, 300], [0, 20], [30, 30]])
-    problem.lengths -= torch.tensor([333, 0, 0], dtype=torch.int32)
-    history = problem.empty_history()
-    history.random_(0, 256, generator=problem.generator)
-    check_admission(problem, lambda *given: admit(problem, *given, False), history, 16, True)
+    check_shorter(problem_on_cpu(*SHORTER), admit(False))
 
 
-def test_choosing_among_equal_scores_and_all_there_are():
-    generator = torch.Generator().manual_seed(5)
-    problem = problem_on_cpu([3000, 800], 3000, [[700, 1], [600, 0]])
-    history, candidates = problem.empty_history(), problem.empty_admission()[2]
-    candidates.tokens.copy_(torch.arange(candidates.tokens.shape[-1]) * 2 + SINKS)
-    candidates.scores.copy_(torch.randint(-3, 4, candidates.scores.shape, generator=generator) * 0.5)
-    candidates.counts.copy_(torch.tensor([[1200, 1000], [600, 50]]))
-    expected, wanted = history.clone(), problem.empty_selection()
-    choose_reference(candidates, problem.budgets, SINKS, expected, True, *wanted)
-    tokens, counts = choose(problem, candidates, history, True, False)
-    assert torch.equal(tokens, wanted[0])
-    assert torch.equal(counts, wanted[1])
-    assert torch.equal(history, expected)
+@pytest.mark.parametrize("ctas", [2, CLUSTER])
+def test_choosing_among_equal_scores_and_all_there_are(ctas):
+    check_equal_scores(problem_on_cpu([3000, 800], 3000, [[700, 1], [600, 0]]), choose(False, ctas))

@@ -15,6 +15,8 @@ from offload_runtime.kernels.sparse_decode import sparse_attention_reference, sp
 from offload_runtime.kernels.sticky import sticky_topk_reference, sticky_topk_triton
 from offload_runtime.kernels.topk import select_topk_reference, select_topk_triton
 
+from .test_residency import Resident
+
 SINKS, RECENT, SLOTS, CAPACITY, DIM, CHANNELS, BUDGET = 4, 16, 32, 256, 64, 16, 24
 LENGTHS = [0, 200, 0]
 
@@ -115,8 +117,14 @@ def test_the_cluster_kernel_selects_nothing(sticky):
             empty_candidates(3, 2, 2 * BUDGET, "cuda"),
         )
         entering = torch.full_like(tokens, 9), torch.full_like(counts, 9)
-        admit_in_clusters(*arguments, 3, lengths, *fixed, history, True, *entering, candidates)
-        choose_in_clusters(candidates, budgets, SINKS, history, True, tokens, counts)
+        resident = Resident.empty(3, 2, CAPACITY, 2 * BUDGET, BUDGET, "cuda")
+        step, lists = torch.ones(1, dtype=torch.int32, device="cuda"), (history, True, *entering, candidates)
+        maps = (resident.slot_of_token, resident.token_in_slot, resident.stamps, resident.hand)
+        misses = (resident.miss_tokens, resident.miss_slots, resident.miss_counts, resident.counters)
+        admit_in_clusters(*arguments, 3, lengths, *fixed, *lists, maps, step, 1, 8, misses)
+        assert resident.miss_counts.tolist() == [[0] * 2, [BUDGET] * 2, [0] * 2]
+        stamps = (resident.slot_of_token, resident.stamps, step, 1, resident.counters)
+        choose_in_clusters(candidates, budgets, SINKS, history, True, tokens, counts, *stamps)
         assert entering[1].tolist() == candidates.counts.tolist() == counts.tolist()
     else:
         select_by_labels_cluster(*arguments, lengths, *fixed, tokens, counts)

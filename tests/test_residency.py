@@ -204,11 +204,11 @@ def test_what_may_enter_and_then_the_selection(n_slots, k_max, device):
 
 
 def check_counted(resident, before, counts, phase, part):
-    """SELECTED less HITS are the rows to fetch, whatever part; WANTED are counted before the selection is."""
+    """SELECTED less HITS are the rows to fetch, whatever part, and a part's tokens are counted elsewhere."""
     selected, hits, _, wanted = (resident.counters - before)[:, phase].T
     listed = counts.sum(1)
     assert torch.equal(selected - hits, resident.miss_counts.sum(1))
-    assert torch.equal(selected, listed * (part != ENTERING))
+    assert torch.equal(selected, listed * (part == WHOLE))
     assert torch.equal(wanted, listed * (part != REST))
 
 
