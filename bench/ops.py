@@ -178,7 +178,7 @@ def bench_resolve(shape: Shape, budget: int):
     maps, step, misses = empty_residency(b, h, shape.tokens, n_slots, budget)
     counts, steps = torch.full((b, h), budget, **INT32), (step, step + 1)
     calls: Calls = [
-        partial(resolve, chosen, counts, *maps, step, 1, True, 0, WHOLE, *misses)
+        partial(resolve, *(chosen, counts, *maps, step, 1, True, 0, WHOLE, *misses))
         for chosen, step in [(first, steps[0]), (second, steps[1])] * 2
     ]
     yield Timing(f"resolve k={budget}, half missed", "default", 0, ""), calls

@@ -93,13 +93,13 @@ class LayerCache:
         return self.history is not None and (self.one_kernel or not self.history.is_cuda)
 
     @property
-    def holds_members(self) -> bool:
-        """Whether there are slots for all members and what may enter.
+    def may_miss_members(self) -> bool:
+        """Whether a member can have lost its slot: there are too few for all members and what may enter.
 
-        Then no member loses its slot, since a history and its slots are cleared together: predictions leave
-        the members alone, and nothing is missed late.
+        Else none loses it, since a history and its slots are cleared together: predictions leave the members
+        alone, and nothing is missed besides what enters.
         """
-        return self.in_two_parts and self.layout.slots >= self.layout.most_candidates
+        return self.in_two_parts and self.layout.slots < self.layout.most_candidates
 
     def make_slots(self) -> None:
         """Allocate the slots unless they exist."""
@@ -177,7 +177,7 @@ class LayerCache:
     def finish(self, selection: Selection, work: Workspace, phase: int, attended: bool) -> None:
         """The second part of a selection in two: choose among the candidates, and list rows missed besides.
 
-        There are such rows when a member has lost its slot, which none does where holds_members is True.
+        There are such rows when a member has lost its slot, which may happen only where may_miss_members says.
         """
         if not self.in_two_parts:
             return
@@ -186,13 +186,13 @@ class LayerCache:
         chosen = (selection.tokens, selection.counts, resident.slot_of_token, resident.stamps)
         steps = (self.state.step, phase, self.counters)
         choose(work.candidates, self.budgets, resident.sinks, self.history, attended, *chosen, *steps)
-        if not self.holds_members:
+        if self.may_miss_members:
             self._resolve(selection, work.late_misses, phase, attended, REST)
 
     def _resolve(self, listed: Selection, misses: Misses, phase: int, attended: bool, part: int) -> None:
         kept_steps = 0 if self.history is None else REMEMBERED
-        purpose: tuple[Any, ...] = (self.state.step, phase, attended, kept_steps, part)
-        resolve(listed.tokens, listed.counts, *self.resident.maps, *purpose, *misses.lists, self.counters)
+        maps, purpose = self.resident.maps, (phase, attended, kept_steps, part)
+        resolve(listed.tokens, listed.counts, *maps, self.state.step, *purpose, *misses.lists, self.counters)
 
     def gather(self, work: Workspace) -> None:
         """Bring the rows that give_slots() listed from host memory into their slots."""
@@ -200,7 +200,7 @@ class LayerCache:
 
     def gather_rest(self, work: Workspace) -> None:
         """Bring those that finish() listed; after gather(), whose slots it may give away again."""
-        if self.in_two_parts and not self.holds_members:
+        if self.may_miss_members:
             self._gather(work.late_misses)
 
     def _gather(self, misses: Misses) -> None:

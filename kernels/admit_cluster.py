@@ -12,9 +12,8 @@ from .admission import Candidates
 from .cluster_launch import ADMITTING_SOURCES, CHOOSING_SOURCES, compiled, label_defines, launch
 from .select_cluster import cluster_sizes, dynamic_bytes
 
-# CTAs that choose for one KV head. Few take longer and leave more of the GPU to what runs beside them: see
-# choose_in_clusters. A large budget's candidates need the shared memory of many.
-FEW, MANY = 2, 8
+# CTAs that choose for one KV head. Two take 150 us beside the model's kernels, eight 55 (H200).
+CHOOSING_CTAS = 8
 
 
 def admit_in_clusters(
@@ -72,15 +71,11 @@ def choose_in_clusters(
     phase: int,
     counters: torch.Tensor,
 ) -> None:
-    """choose_reference, with the same bits.
-
-    A prediction's choice (phase 0) has the time of a gather, and runs beside the model's products: by few
-    CTAs, since many slow those by 10 us a layer (H200). A layer waits for its true one: by many, 15 us.
-    """
+    """choose_reference, with the same bits."""
     batch, kv_heads, k_max = tokens.shape
     listed = candidates.tokens.shape[-1]
-    sizes = tuple((ctas, dynamic_bytes(listed, ctas, 1)) for ctas in ((FEW, MANY) if phase == 0 else (MANY,)))
-    kernel = compiled("choose_cluster", CHOOSING_SOURCES, (), sizes, tokens.device.index)
+    size = (CHOOSING_CTAS, dynamic_bytes(listed, CHOOSING_CTAS, 1))
+    kernel = compiled("choose_cluster", CHOOSING_SOURCES, (), (size,), tokens.device.index)
     tensors = (*candidates, budgets, history, tokens, counts, slot_of_token, stamps, step, counters)
     numbers = (kv_heads, listed, history.shape[-1], sinks, int(attended), k_max)
     launch(kernel, (batch, kv_heads), tensors, (*numbers, slot_of_token.shape[-1], stamps.shape[-2], phase))

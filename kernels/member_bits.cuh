@@ -21,23 +21,27 @@ __device__ Past load_past(const unsigned char* history, int i, int n) {
             past.w & inside_word(i, 3, n)};
 }
 
+// Minus each of four bytes.
+__device__ unsigned minus_bytes(unsigned bytes) {
+    return ((~bytes & 0x7f7f7f7fu) + 0x01010101u) ^ (~bytes & 0x80808080u);
+}
+
 // Count this CTA's tokens by age: how many steps ago they were selected last, which is a byte's lowest bit.
 __device__ void count_ages(const unsigned char* history, int n, Shared& shared) {
-    unsigned long long counts = 0;  // 8 bits an age: a thread has at most 112 tokens (56 K keys fill an SM)
+    unsigned counts[AGES] = {};  // four sums of a byte each: a thread has at most 112 tokens (56 K keys fill an SM)
 #pragma unroll 2
     for (int i = threadIdx.x; i * VECTOR < n; i += THREADS) {
         Past past = load_past(history, i, n);
 #pragma unroll
         for (int word = 0; word < 4; ++word) {
-            for (unsigned rest = past.words[word]; rest;) {  // byte by byte, from the lowest that is not zero
-                int bit = __ffs(rest) - 1;
-                counts += 1ull << 8 * (bit & 7);
-                rest &= bit < 24 ? ~0u << ((bit & 24) + 8) : 0u;
-            }
+            unsigned lowest = past.words[word] & minus_bytes(past.words[word]);
+#pragma unroll
+            for (int age = 0; age < AGES; ++age) counts[age] += lowest >> age & 0x01010101u;
         }
     }
+#pragma unroll
     for (int age = 0; age < AGES; ++age) {
-        int count = __reduce_add_sync(ALL, (int)(counts >> 8 * age & 255));
+        int count = __reduce_add_sync(ALL, (int)(counts[age] * 0x01010101u >> 24));
         if (threadIdx.x % 32 == 0 && count) atomicAdd(&shared.ages[age], count);
     }
 }

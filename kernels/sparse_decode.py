@@ -9,6 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .attend_bulk import attend_bulk_available, sparse_attention_bulk
+from .combine_pieces import combine_pieces
+
 
 def sparse_attention(
     query: torch.Tensor,
@@ -24,7 +27,10 @@ def sparse_attention(
     sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend to sinks, selection and recent tokens; shapes as in sparse_attention_reference."""
-    run = sparse_attention_triton if query.is_cuda else sparse_attention_reference
+    run = sparse_attention_reference
+    if query.is_cuda:
+        bulk = attend_bulk_available(query, slots)
+        run = sparse_attention_bulk if bulk else sparse_attention_triton
     return run(
         query, slots, tokens, counts, slot_of_token, lengths, sinks, recent, scale, softcap, sink_logits
     )
@@ -123,12 +129,7 @@ def sparse_attention_triton(
         DIM=dim, DIM_PAD=dim_pad, SINKS=sinks, RECENT=recent, SPLITS=splits, CHUNK=chunk, BLOCK=block,
         SOFTCAP=softcap != 0.0, UPCAST=not query.is_cuda, STAGES=num_stages, num_warps=num_warps,
     )  # fmt: skip
-    block_d = min(dim_pad, 32)
-    _combine_kernel[(batch * heads, triton.cdiv(dim, block_d))](
-        partial, tops[0], tops[1], sink_logits, out,
-        HEADS=heads, DIM=dim, BLOCK_D=block_d, SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits),
-        HAS_SINK=sink_logits is not None, num_warps=4,
-    )  # fmt: skip
+    combine_pieces(partial, tops[0], tops[1], sink_logits, out)
     return out
 
 
@@ -204,32 +205,3 @@ def _attend_kernel(
         tl.store(sums + o_part, b_sum, mask=m_g)
         p_partial = partial + o_part[:, None] * DIM + o_d[None, :]
         tl.store(p_partial, b_out, mask=m_g[:, None] & m_d[None, :])
-
-
-@triton.jit
-def _combine_kernel(
-    partial, tops, sums, sink_logits, out,
-    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, HAS_SINK: tl.constexpr,
-):  # fmt: skip
-    LOG2E: tl.constexpr = 1.4426950408889634
-    i_bq = tl.program_id(0).to(tl.int64)
-    o_s = tl.arange(0, SPLITS_PAD)
-    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_d = o_d < DIM
-    b_top = tl.load(tops + i_bq * SPLITS + o_s, mask=o_s < SPLITS, other=float("-inf"))  # [SPLITS]
-    m_s = b_top > float("-inf")
-    b_sum = tl.load(sums + i_bq * SPLITS + o_s, mask=m_s, other=0.0)
-    p_partial = partial + (i_bq * SPLITS + o_s[:, None]) * DIM + o_d[None, :]
-    b_part = tl.load(p_partial, mask=m_s[:, None] & m_d[None, :], other=0.0)  # [SPLITS, D]
-    top = tl.max(b_top, 0)
-    if HAS_SINK:
-        sink = tl.load(sink_logits + i_bq % HEADS).to(tl.float32) * LOG2E
-        top = tl.maximum(top, sink)
-    top = tl.where(top > float("-inf"), top, 0.0)  # an empty place has no rows at all
-    b_weight = tl.exp2(b_top - top)
-    total = tl.sum(b_weight * b_sum, 0)
-    if HAS_SINK:
-        total += tl.exp2(sink - top)
-    b_out = tl.sum(b_part * b_weight[:, None], 0) / tl.where(total > 0, total, 1.0)
-    tl.store(out + i_bq * DIM + o_d, b_out.to(out.dtype.element_ty), mask=m_d)

@@ -112,20 +112,16 @@ class Prefetcher:
         cache.select(asked, prediction, work, PREDICTED, self.attend_predicted)
         cache.give_slots(prediction, work, PREDICTED, self.attend_predicted)
         self._record(self.entered, target)
-        if self._finishes(cache):
-            cache.finish(prediction, work, PREDICTED, self.attend_predicted)
+        if not self.attend_predicted and cache.may_miss_members:
+            cache.finish(prediction, work, PREDICTED, False)
         self._record(self.chosen, target)
-
-    def _finishes(self, cache: LayerCache) -> bool:
-        """Whether a prediction has a second part that somebody needs."""
-        return cache.in_two_parts and (self.attend_predicted or not cache.holds_members)
 
     def _gather_ahead(self, target: int) -> None:
         """Fetch the rows that the prediction for layer `target` misses, on the copy stream."""
         cache, work = self.caches[target], self.side_works[target % 2]
         with self._copying(target):
             cache.gather(work)
-            if cache.in_two_parts and not cache.holds_members:
+            if not self.attend_predicted and cache.may_miss_members:
                 self._wait(self.chosen, target)
                 cache.gather_rest(work)
             self._record(self.done, target)
@@ -150,9 +146,7 @@ class Prefetcher:
         predicted = index in self.predicted_layers
         if predicted and self.attend_predicted:
             selection = self.predictions[index % 2]
-            self._wait(self.done, index)
-            if self._finishes(self.caches[index]):
-                self._wait(self.chosen, index)
+            self._finish_predicted(index, selection)
             if index + 1 in self.predicted_layers:
                 # Both can begin now, and the next selection should: begun first, the attention has every SM,
                 # and the selection's clusters wait for its end (23 us of 450 for two layers, H200).
@@ -163,6 +157,19 @@ class Prefetcher:
         if predicted:
             self.inputs.release(index)  # the main stream has waited for what read it
         return selection
+
+    def _finish_predicted(self, index: int, selection: Selection) -> None:
+        """Choose while the prediction's rows are on their way, and wait for them.
+
+        On the main stream, which waits for them anyway: beside the layer before, it takes three times as long
+        and slows that layer's products (55 us for 15, and 10 us; 262,144 tokens, H200).
+        """
+        cache, work = self.caches[index], self.side_works[index % 2]
+        if cache.in_two_parts:
+            self._wait(self.entered, index)
+            cache.finish(selection, work, PREDICTED, True)
+        self._wait(self.done, index)
+        cache.gather_rest(work)
 
     def _select_late(self, index: int, query: torch.Tensor, scale: float) -> None:
         """Make layer `index`'s true selection, fetch what is missing, then for the next prediction."""

@@ -114,7 +114,7 @@ def combine(dtype: str, dim: int, has_sink: bool) -> Case:
         pointers["sink_logits"] = "*fp32"
     else:
         sizes["sink_logits"] = None  # a launch with None makes it a constant
-    return Case("sparse_decode", "_combine_kernel", pointers, sizes)
+    return Case("combine_pieces", "_combine_kernel", pointers, sizes)
 
 
 def merge(dtype: str, dim: int, dim_pad: int) -> Case:

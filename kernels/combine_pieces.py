@@ -1,0 +1,59 @@
+"""The last step of split attention: the pieces' softmax sums become one output.
+
+A sequence of length 0 (an empty place) has no piece with a row, and gets zeros.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+def combine_pieces(
+    partial: torch.Tensor,
+    tops: torch.Tensor,
+    sums: torch.Tensor,
+    sink_logits: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """Write out [B, Hq, D] from the pieces' results.
+
+    partial [B, Hq, P, D] float32: weighted values, and sums [B, Hq, P] of the weights, both relative to
+    2 ** tops [B, Hq, P]; a piece without rows has a top of -inf, and what else it has is not read.
+    sink_logits [Hq]: logits that take mass without a value.
+    """
+    batch, heads, splits, dim = partial.shape
+    block_d = min(triton.next_power_of_2(dim), 32)
+    _combine_kernel[(batch * heads, triton.cdiv(dim, block_d))](
+        partial, tops, sums, sink_logits, out,
+        HEADS=heads, DIM=dim, BLOCK_D=block_d, SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits),
+        HAS_SINK=sink_logits is not None, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _combine_kernel(
+    partial, tops, sums, sink_logits, out,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, HAS_SINK: tl.constexpr,
+):  # fmt: skip
+    LOG2E: tl.constexpr = 1.4426950408889634
+    i_bq = tl.program_id(0).to(tl.int64)
+    o_s = tl.arange(0, SPLITS_PAD)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_d = o_d < DIM
+    b_top = tl.load(tops + i_bq * SPLITS + o_s, mask=o_s < SPLITS, other=float("-inf"))  # [SPLITS]
+    m_s = b_top > float("-inf")
+    b_sum = tl.load(sums + i_bq * SPLITS + o_s, mask=m_s, other=0.0)
+    p_partial = partial + (i_bq * SPLITS + o_s[:, None]) * DIM + o_d[None, :]
+    b_part = tl.load(p_partial, mask=m_s[:, None] & m_d[None, :], other=0.0)  # [SPLITS, D]
+    top = tl.max(b_top, 0)
+    if HAS_SINK:
+        sink = tl.load(sink_logits + i_bq % HEADS).to(tl.float32) * LOG2E
+        top = tl.maximum(top, sink)
+    top = tl.where(top > float("-inf"), top, 0.0)  # an empty place has no rows at all
+    b_weight = tl.exp2(b_top - top)
+    total = tl.sum(b_weight * b_sum, 0)
+    if HAS_SINK:
+        total += tl.exp2(sink - top)
+    b_out = tl.sum(b_part * b_weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    tl.store(out + i_bq * DIM + o_d, b_out.to(out.dtype.element_ty), mask=m_d)
