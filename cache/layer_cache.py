@@ -1,7 +1,8 @@
 """One layer's cache: append, select, give slots, gather, attend. The path of a row.
 
 Sticky selection is made in two parts where there are kernels for it (kernels/admission.py): select() finds
-what may enter, gather() brings it, and finish() chooses meanwhile.
+what may enter, gather() brings it, and finish() chooses meanwhile; attend_early() does what it can without
+it.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import torch
 from ..kernels.admission import admit_reference, choose_reference
 from ..kernels.admit_cluster import admit_in_clusters, choose_in_clusters
 from ..kernels.append import append_rows
+from ..kernels.attend_in_parts import attend_to_entered, attend_to_members
+from ..kernels.combine_pieces import Pieces
 from ..kernels.gather import gather_rows
 from ..kernels.history import REMEMBERED, empty_history
 from ..kernels.query_labels import query_labels
@@ -25,7 +28,7 @@ from .host_rows import HostRows, Lender
 from .label_cache import LabelCache, LabelMaps
 from .layout import KVLayout
 from .resident_set import ResidentSet
-from .selection import Misses, Selection, Workspace
+from .selection import Choice, Misses, Selection, Workspace
 
 PREDICTED, TRUE = 0, 1  # phases of a step, the second index of the counters
 
@@ -91,6 +94,11 @@ class LayerCache:
     def in_two_parts(self) -> bool:
         """Whether a selection is: a sticky one, where there are kernels for the parts or references run."""
         return self.history is not None and (self.one_kernel or not self.history.is_cuda)
+
+    @property
+    def attends_in_parts(self) -> bool:
+        """Whether attention is: over what is resident, and when it has come over what enters."""
+        return self.in_two_parts and self.one_kernel
 
     @property
     def may_miss_members(self) -> bool:
@@ -177,7 +185,8 @@ class LayerCache:
     def finish(self, selection: Selection, work: Workspace, phase: int, attended: bool) -> None:
         """The second part of a selection in two: choose among the candidates, and list rows missed besides.
 
-        There are such rows when a member has lost its slot, which may happen only where may_miss_members says.
+        There are such rows when a member has lost its slot, which may happen only where may_miss_members
+        says.
         """
         if not self.in_two_parts:
             return
@@ -206,26 +215,40 @@ class LayerCache:
     def _gather(self, misses: Misses) -> None:
         gather_rows(self.host.rows, *misses.lists, self.resident.slots, self.layout.fixed_slots)
 
+    def attend_early(
+        self, query: torch.Tensor, choice: Choice, scale: float, softcap: float = 0.0
+    ) -> Pieces | None:
+        """Attention of query [B, Hq, D] as far as no row has to come for it; None where that is nothing."""
+        if not self.attends_in_parts or self.may_miss_members:
+            return None
+        return self._attend_to_members(query, choice, scale, softcap)
+
     def attend(
         self,
         query: torch.Tensor,
-        selection: Selection,
+        choice: Choice,
         scale: float,
         softcap: float = 0.0,
         sink_logits: torch.Tensor | None = None,
+        early: Pieces | None = None,
     ) -> torch.Tensor:
-        """Attention of query [B, Hq, D] over sinks, selection, recent and current token; [B, Hq, D]."""
-        resident = self.resident
-        return sparse_attention(
-            query,
-            resident.slots,
-            selection.tokens,
-            selection.counts,
-            resident.slot_of_token,
-            self.state.lengths,
-            resident.sinks,
-            resident.recent,
-            scale,
-            softcap,
-            sink_logits,
-        )
+        """Attention of query [B, Hq, D] over sinks, selection, recent and current token; [B, Hq, D].
+
+        The selection's rows have come. early: what attend_early() gave.
+        """
+        resident, selection = self.resident, choice.selection
+        places = (resident.slot_of_token, self.state.lengths, resident.sinks, resident.recent, scale, softcap)
+        if self.attends_in_parts:
+            pieces = early or self._attend_to_members(query, choice, scale, softcap)
+            entering, new_rows = choice.work.entering, self.new_rows or 0
+            entered = (entering.tokens, entering.counts, *places, sink_logits)
+            stamps = (resident.stamps, self.state.step, new_rows, pieces)
+            return attend_to_entered(query, resident.slots, *entered, *stamps)
+        arguments: tuple[Any, ...] = (selection.tokens, selection.counts, *places, sink_logits)
+        return sparse_attention(query, resident.slots, *arguments)
+
+    def _attend_to_members(self, query: torch.Tensor, choice: Choice, scale: float, softcap: float) -> Pieces:
+        resident, selection = self.resident, choice.selection
+        places = (resident.slot_of_token, self.state.lengths, resident.sinks, resident.recent, scale, softcap)
+        stamps = (resident.stamps, self.state.step, choice.phase, self.new_rows or 0)
+        return attend_to_members(query, resident.slots, selection.tokens, selection.counts, *places, *stamps)

@@ -1,5 +1,7 @@
 """A selection, and the buffers that a selection is made in."""
 
+from typing import NamedTuple
+
 import torch
 
 from ..kernels.admission import empty_candidates
@@ -43,3 +45,11 @@ class Workspace:
         if sticky:
             self.entering, self.late_misses = Selection(layout, device), Misses(layout, device)
             self.candidates = empty_candidates(*heads, layout.most_candidates, device)
+
+
+class Choice(NamedTuple):
+    """What a layer attends to, what it was selected in, and in which phase of the step."""
+
+    selection: Selection
+    work: Workspace
+    phase: int

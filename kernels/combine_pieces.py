@@ -3,28 +3,43 @@
 A sequence of length 0 (an empty place) has no piece with a row, and gets zeros.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 
-def combine_pieces(
-    partial: torch.Tensor,
-    tops: torch.Tensor,
-    sums: torch.Tensor,
-    sink_logits: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
-    """Write out [B, Hq, D] from the pieces' results.
+class Pieces(NamedTuple):
+    """Results of the pieces of lists, float32.
 
-    partial [B, Hq, P, D] float32: weighted values, and sums [B, Hq, P] of the weights, both relative to
-    2 ** tops [B, Hq, P]; a piece without rows has a top of -inf, and what else it has is not read.
-    sink_logits [Hq]: logits that take mass without a value.
+    Weighted values partial [B, Hq, P, D] and sums [B, Hq, P] of the weights, both relative to 2 ** tops
+    [B, Hq, P]. A piece without rows has a top of -inf, and the rest of it is not read.
     """
-    batch, heads, splits, dim = partial.shape
+
+    partial: torch.Tensor
+    tops: torch.Tensor
+    sums: torch.Tensor
+
+    @property
+    def splits(self) -> int:
+        return self.tops.shape[-1]
+
+
+def empty_pieces(query: torch.Tensor, splits: int) -> Pieces:
+    """For query [B, Hq, D]."""
+    batch, heads, dim = query.shape
+    partial = torch.empty(batch, heads, splits, dim, dtype=torch.float32, device=query.device)
+    tops = torch.empty(2, batch, heads, splits, dtype=torch.float32, device=query.device)
+    return Pieces(partial, tops[0], tops[1])
+
+
+def combine_pieces(pieces: Pieces, sink_logits: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Write out [B, Hq, D]. sink_logits [Hq]: logits that take mass without a value."""
+    batch, heads, splits, dim = pieces.partial.shape
     block_d = min(triton.next_power_of_2(dim), 32)
     _combine_kernel[(batch * heads, triton.cdiv(dim, block_d))](
-        partial, tops, sums, sink_logits, out,
+        *pieces, sink_logits, out,
         HEADS=heads, DIM=dim, BLOCK_D=block_d, SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits),
         HAS_SINK=sink_logits is not None, num_warps=4,
     )  # fmt: skip

@@ -8,8 +8,7 @@
 //
 // Compile-time: ROW_BYTES (a multiple of 16), GROUP (rows, at most 32: a lane each), STAGES, CLUSTER (CTAs that are
 // to be on neighbouring SMs; they share nothing).
-// Dynamic shared memory: the ring, the barriers, the miss counts. bulk_copy.cuh goes before this text. No includes:
-// nvrtc needs no header path.
+// Dynamic shared memory: the ring, the barriers, the miss counts. No includes: nvrtc needs no header path.
 
 constexpr int THREADS = 64;
 constexpr unsigned ALL = 0xffffffffu;
@@ -19,12 +18,57 @@ constexpr int AHEAD = 3;   // groups whose entries of a miss list are read in ad
 constexpr int SLOTS = AHEAD + 1;
 constexpr int UNROLL = 8;  // loads of shared memory in flight a lane, to hide their 30 cycles or so
 
+typedef unsigned long long Barrier;
+
+__device__ unsigned shared_address(const void* pointer) { return (unsigned)__cvta_generic_to_shared(pointer); }
+
+// The PTX of the copy engine and its barriers.
+__device__ void init_barrier(Barrier* barrier) {  // completed by one arrival, and the bytes it expects
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ void show_barriers_to_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ void arrive(Barrier* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ void arrive_expecting(Barrier* barrier, unsigned bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+
+__device__ bool has_completed(Barrier* barrier, unsigned parity) {
+    unsigned done;
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+    return done;
+}
+
+__device__ void copy_row(char* target, const char* source, Barrier* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(target)),
+                 "l"(source), "n"(ROW_BYTES), "r"(shared_address(barrier))
+                 : "memory");
+}
+
 __device__ void load_entry(int* target, const int* source) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(target)), "l"(source) : "memory");
 }
 
 __device__ void close_load() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ void wait_for_loads_before_the_last() { asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD) : "memory"); }
+// End of the PTX.
+
+__device__ void wait(Barrier* barrier, unsigned parity) {
+    while (!has_completed(barrier, parity)) {
+    }
+}
 
 // Up to GROUP consecutive misses of one head, the first of them its first-th. rows 0: there are no more.
 struct Group {

@@ -15,7 +15,6 @@ import torch
 
 from .cuda_source import compile_source, runs_hopper_source, shared_limit
 
-SOURCES = ("bulk_copy.cuh", "gather_bulk.cu")  # one text, in this order
 THREADS = 64  # as in gather_bulk.cu
 STAGE_BYTES = 16 * 1024  # a group: 32 rows of 512 B, one a lane
 RING_BYTES = 128 * 1024  # in flight a CTA: 8 CTAs hold 1 MiB, ten times what 50 GB/s x 2 us of latency needs
@@ -94,4 +93,4 @@ def build(row_bytes: int, ring_bytes: int, cluster: int) -> Any:
     group = min(STAGE_BYTES // row_bytes, 32)
     stages = max(ring_bytes // (group * row_bytes), 2)
     defines = {"ROW_BYTES": row_bytes, "GROUP": group, "STAGES": stages, "CLUSTER": cluster}
-    return compile_source(SOURCES, "gather_bulk", defines)
+    return compile_source(("gather_bulk.cu",), "gather_bulk", defines)

@@ -73,9 +73,10 @@ __device__ void load_members(
     unsigned mask = shared.remembered * 0x01010101u;
     int n = part.n;
     int members = 0;
-#pragma unroll 2
+    uint4 next = threadIdx.x * VECTOR < n ? ((const uint4*)history)[threadIdx.x] : uint4{};
     for (int i = threadIdx.x; i * VECTOR < n; i += THREADS) {
-        uint4 raw = ((const uint4*)history)[i];
+        uint4 raw = next;
+        if ((i + THREADS) * VECTOR < n) next = ((const uint4*)history)[i + THREADS];  // before the store below
         unsigned words[4] = {raw.x, raw.y, raw.z, raw.w}, bits = 0;
 #pragma unroll
         for (int word = 0; word < 4; ++word) {

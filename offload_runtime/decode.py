@@ -132,10 +132,12 @@ class DecodeLoop:
             if isinstance(cache, WindowCache):
                 out = cache.attend(query, call.scale, call.softcap, call.sink_logits)
             else:
-                selection = self.prefetcher.selection_for(index, query, call.scale)
-                out = cache.attend(query, selection, call.scale, call.softcap, call.sink_logits)
+                choice = self.prefetcher.selection_for(index, query, call.scale)
+                early = cache.attend_early(query, choice, call.scale, call.softcap)
+                self.prefetcher.wait_for_rows(index)
+                out = cache.attend(query, choice, call.scale, call.softcap, call.sink_logits, early)
                 if self.audit is not None and self.audit.active:
-                    self.audit.look(index, query, selection, call, out)
+                    self.audit.look(index, query, choice.selection, call, out)
             return out[:, None]  # [B, 1, Hq, D]
 
         return handle

@@ -18,7 +18,7 @@ import torch
 
 from ..cache.layer_cache import PREDICTED, TRUE, LayerCache
 from ..cache.layout import KVLayout
-from ..cache.selection import Selection, Workspace
+from ..cache.selection import Choice, Selection, Workspace
 from .kept_inputs import KeptInputs
 
 URGENT = -1  # stream priority; torch's default is 0, the lowest
@@ -97,7 +97,7 @@ class Prefetcher:
 
     def _fetches_late(self, index: int) -> bool:
         """Whether layer `index` fetches rows when it attends: those must not queue behind rows for later."""
-        return index in self.caches and not (self.attend_predicted and index in self.predicted_layers)
+        return index in self.caches and not self._attends_prediction(index)
 
     def _predict(self, target: int, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
         """Select for layer `target` by its predicted query and give the missing rows slots."""
@@ -112,8 +112,8 @@ class Prefetcher:
         cache.select(asked, prediction, work, PREDICTED, self.attend_predicted)
         cache.give_slots(prediction, work, PREDICTED, self.attend_predicted)
         self._record(self.entered, target)
-        if not self.attend_predicted and cache.may_miss_members:
-            cache.finish(prediction, work, PREDICTED, False)
+        if self.attend_predicted or cache.may_miss_members:
+            cache.finish(prediction, work, PREDICTED, self.attend_predicted)
         self._record(self.chosen, target)
 
     def _gather_ahead(self, target: int) -> None:
@@ -141,38 +141,38 @@ class Prefetcher:
         if self.delay_cycles:
             torch.cuda._sleep(self.delay_cycles)
 
-    def selection_for(self, index: int, query: torch.Tensor, scale: float) -> Selection:
-        """What layer `index` attends to, its rows resident. query [B, Hq, D] is the true query."""
-        predicted = index in self.predicted_layers
-        if predicted and self.attend_predicted:
-            selection = self.predictions[index % 2]
-            self._finish_predicted(index, selection)
-            if index + 1 in self.predicted_layers:
-                # Both can begin now, and the next selection should: begun first, the attention has every SM,
-                # and the selection's clusters wait for its end (23 us of 450 for two layers, H200).
-                self._wait(self.asked, index + 1)
-        else:
-            selection = self.selection
+    def selection_for(self, index: int, query: torch.Tensor, scale: float) -> Choice:
+        """What layer `index` attends to, given its true query [B, Hq, D]; wait_for_rows() before its rows."""
+        if not self._attends_prediction(index):
             self._select_late(index, query, scale)
-        if predicted:
+            return Choice(self.selection, self.work, TRUE)
+        if self.caches[index].in_two_parts:
+            self._wait(self.chosen, index)
+        if index + 1 in self.predicted_layers:
+            # Both can begin now, and the next selection should: begun first, the attention has every SM,
+            # and the selection's clusters wait for its end (23 us of 450 for two layers, H200).
+            self._wait(self.asked, index + 1)
+        return Choice(self.predictions[index % 2], self.side_works[index % 2], PREDICTED)
+
+    def wait_for_rows(self, index: int) -> None:
+        """Order the main stream after the rows of layer `index`'s selection, and fetch the next layer's."""
+        cache = self.caches[index]
+        if self._attends_prediction(index):
+            self._wait(self.done, index)
+            cache.gather_rest(self.side_works[index % 2])
+        else:
+            self._wait(self.fetched, index)
+            cache.gather_rest(self.work)
+            if index + 1 in self.predicted_layers:
+                self._gather_ahead(index + 1)
+        if index in self.predicted_layers:
             self.inputs.release(index)  # the main stream has waited for what read it
-        return selection
 
-    def _finish_predicted(self, index: int, selection: Selection) -> None:
-        """Choose while the prediction's rows are on their way, and wait for them.
-
-        On the main stream, which waits for them anyway: beside the layer before, it takes three times as long
-        and slows that layer's products (55 us for 15, and 10 us; 262,144 tokens, H200).
-        """
-        cache, work = self.caches[index], self.side_works[index % 2]
-        if cache.in_two_parts:
-            self._wait(self.entered, index)
-            cache.finish(selection, work, PREDICTED, True)
-        self._wait(self.done, index)
-        cache.gather_rest(work)
+    def _attends_prediction(self, index: int) -> bool:
+        return self.attend_predicted and index in self.predicted_layers
 
     def _select_late(self, index: int, query: torch.Tensor, scale: float) -> None:
-        """Make layer `index`'s true selection, fetch what is missing, then for the next prediction."""
+        """Make layer `index`'s true selection, and fetch what the prediction for it has not."""
         cache, selection, work = self.caches[index], self.selection, self.work
         if index in self.predicted_layers:
             self._wait(self.chosen, index)  # both selections read the history and change the slots' maps
@@ -188,10 +188,6 @@ class Prefetcher:
             cache.gather(work)
             self._record(self.fetched, index)
         cache.finish(selection, work, TRUE, True)  # while rows are on their way
-        self._wait(self.fetched, index)
-        cache.gather_rest(work)
-        if index + 1 in self.predicted_layers:
-            self._gather_ahead(index + 1)
 
     def _record(self, events: dict[int, torch.cuda.Event], index: int) -> None:
         """Mark in layer `index`'s event what the current stream was given so far."""

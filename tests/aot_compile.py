@@ -97,14 +97,20 @@ def scores(bits: int, channels: int, group: int, group_pad: int, pack: int, bloc
     return Case("scores", "_label_scores_kernel", pointers, sizes, wide=bits == 16)
 
 
-def attend(dtype: str, dim: int, dim_pad: int, group_pad: int, block: int, softcap: bool = False) -> Case:
+def attend(
+    dtype: str, dim: int, dim_pad: int, group_pad: int, block: int, softcap: bool = False, part: int = 0
+) -> Case:
     pointers = dict.fromkeys(("query", "slots"), f"*{dtype}") | {"scale": "fp32", "softcap": "fp32"}
     pointers |= dict.fromkeys(("tokens", "counts", "slot_of_token", "lengths"), "*i32")
     pointers |= dict.fromkeys(("partial", "tops", "sums"), "*fp32")
     sizes = {"KV_HEADS": 8, "GROUP": 4, "GROUP_PAD": group_pad, "DIM": dim, "DIM_PAD": dim_pad, "SINKS": 4}
     sizes |= {"RECENT": 64, "SPLITS": 52, "CHUNK": 320, "BLOCK": block, "SOFTCAP": softcap}
-    sizes |= {"UPCAST": False, "STAGES": 4}
-    return Case("sparse_decode", "_attend_kernel", pointers, sizes, wide=True)
+    sizes |= {"UPCAST": False, "STAGES": 4, "PART": part}
+    if part:
+        pointers |= {"stamps": "*i32", "step": "*i32"}
+    else:
+        sizes |= {"stamps": None, "step": None}  # a launch with None makes it a constant
+    return Case("attend_pieces", "_attend_kernel", pointers, sizes, wide=True)
 
 
 def combine(dtype: str, dim: int, has_sink: bool) -> Case:
@@ -206,6 +212,8 @@ CASES = [
     attend("bf16", 128, 128, 16, 32),
     attend("fp16", 80, 128, 16, 32, softcap=True),
     attend("fp32", 256, 256, 16, 16),
+    attend("bf16", 128, 128, 16, 32, part=1),
+    attend("bf16", 128, 128, 16, 32, part=2),
     attend("bf16", 16, 16, 16, 128),
     combine("bf16", 128, has_sink=False),
     combine("fp32", 80, has_sink=True),

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from offload_runtime.kernels.attend_bulk import SOURCES as ATTEND_SOURCES
 from offload_runtime.kernels.cluster_launch import (
     ADMITTING_SOURCES,
     CHOOSING_SOURCES,
@@ -15,14 +14,12 @@ from offload_runtime.kernels.cluster_launch import (
     SCORING_SOURCES,
     label_defines,
 )
-from offload_runtime.kernels.gather_bulk import SOURCES as GATHER_SOURCES
 
 KERNELS = Path(__file__).parent.parent / "kernels"
 SELECT, ADMIT = (*SCORING_SOURCES, "select_cluster.cu"), (*ADMITTING_SOURCES, "admit_cluster.cu")
 SPILLED_BYTES = 8  # two registers around a warp's collective, not in a loop
 LABELS = {**dict(label_defines(32, 4, 4)), "THREADS": 512}
 WIDE = {**dict(label_defines(128, 16, 8)), "THREADS": 512}
-ATTEND = {"DIM": 128, "GROUP": 4, "WARPS": 4, "STAGES": 3, "ROW_BYTES": 512}
 CASES = {
     "select": (SELECT, LABELS),
     "admit": (ADMIT, LABELS),
@@ -30,9 +27,7 @@ CASES = {
     "choose": ((*CHOOSING_SOURCES, "choose_cluster.cu"), {"THREADS": 512}),
     "choose by few": ((*CHOOSING_SOURCES, "choose_cluster.cu"), {"THREADS": 512, "CLUSTER": 2}),
     "resolve": ((*LIST_SOURCES, "resolve_cluster.cu"), {"THREADS": 512}),
-    "attend": (ATTEND_SOURCES, ATTEND | {"HALF": 0}),
-    "attend halves": (ATTEND_SOURCES, ATTEND | {"HALF": 1, "DIM": 64, "GROUP": 7, "ROW_BYTES": 256}),
-    "gather": (GATHER_SOURCES, {"ROW_BYTES": 512, "GROUP": 16, "STAGES": 4, "CLUSTER": 8}),
+    "gather": (("gather_bulk.cu",), {"ROW_BYTES": 512, "GROUP": 16, "STAGES": 4, "CLUSTER": 8}),
 }
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from ..audit import attended, dense_attention
 from ..cache.layer_cache import LayerCache
-from ..cache.selection import Selection
+from ..cache.selection import Choice, Selection
 from ..engine import OffloadedModel
 from .asking import ForcedTokens, cost, greedy
 from .cases import Case, Group
@@ -94,13 +94,14 @@ def watched_layers() -> Iterator[list[LayerWatch]]:
     plain = LayerCache.attend
 
     def attend(
-        cache: LayerCache, query: torch.Tensor, selection: Selection, scale: float, *more: Any
+        cache: LayerCache, query: torch.Tensor, choice: Choice, scale: float, *more: Any
     ) -> torch.Tensor:
         if id(cache) not in watches:
             watches[id(cache)] = LayerWatch()
             ordered.append(watches[id(cache)])
-        watches[id(cache)].look(cache, query, selection, scale, *more)
-        return plain(cache, query, selection, scale, *more)
+        softcap, sink_logits, _ = more
+        watches[id(cache)].look(cache, query, choice.selection, scale, softcap, sink_logits)
+        return plain(cache, query, choice, scale, *more)
 
     watched = cast(Any, LayerCache)  # its method is replaced for a while
     watched.attend = attend
