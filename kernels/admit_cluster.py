@@ -12,8 +12,10 @@ from .admission import Candidates
 from .cluster_launch import ADMITTING_SOURCES, CHOOSING_SOURCES, compiled, label_defines, launch
 from .select_cluster import cluster_sizes, dynamic_bytes
 
-# CTAs that choose for one KV head. Two take 150 us beside the model's kernels, eight 55 (H200).
-CHOOSING_CTAS = 8
+# CTAs that choose for one KV head, by phase. A prediction's choice has the time of a gather, so four leave
+# more of the GPU to the model (7.43 ms a step for 7.50; two were late, 8.43: 262,144 tokens, H200). A layer
+# waits for its true one.
+CHOOSING_CTAS = (4, 8)
 
 
 def admit_in_clusters(
@@ -74,8 +76,10 @@ def choose_in_clusters(
     """choose_reference, with the same bits."""
     batch, kv_heads, k_max = tokens.shape
     listed = candidates.tokens.shape[-1]
-    size = (CHOOSING_CTAS, dynamic_bytes(listed, CHOOSING_CTAS, 1))
-    kernel = compiled("choose_cluster", CHOOSING_SOURCES, (), (size,), tokens.device.index)
+    # The candidates of a large budget may need the shared memory of more.
+    ctas = dict.fromkeys((CHOOSING_CTAS[phase], max(CHOOSING_CTAS)))
+    sizes = tuple((count, dynamic_bytes(listed, count, 1)) for count in ctas)
+    kernel = compiled("choose_cluster", CHOOSING_SOURCES, (), sizes, tokens.device.index)
     tensors = (*candidates, budgets, history, tokens, counts, slot_of_token, stamps, step, counters)
     numbers = (kv_heads, listed, history.shape[-1], sinks, int(attended), k_max)
     launch(kernel, (batch, kv_heads), tensors, (*numbers, slot_of_token.shape[-1], stamps.shape[-2], phase))

@@ -25,7 +25,7 @@ CASES = {
     "admit": (ADMIT, LABELS),
     "admit wide labels": (ADMIT, WIDE),
     "choose": ((*CHOOSING_SOURCES, "choose_cluster.cu"), {"THREADS": 512}),
-    "choose by few": ((*CHOOSING_SOURCES, "choose_cluster.cu"), {"THREADS": 512, "CLUSTER": 2}),
+    "choose by few": ((*CHOOSING_SOURCES, "choose_cluster.cu"), {"THREADS": 512, "CLUSTER": 4}),
     "resolve": ((*LIST_SOURCES, "resolve_cluster.cu"), {"THREADS": 512}),
     "gather": (("gather_bulk.cu",), {"ROW_BYTES": 512, "GROUP": 16, "STAGES": 4, "CLUSTER": 8}),
 }

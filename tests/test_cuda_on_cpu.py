@@ -147,7 +147,7 @@ def test_scores_that_hardly_differ_or_lie_outside_the_bins(scale):
 @pytest.mark.parametrize("new_rows", [0, 40, 5000])
 def test_sticky_selection_and_its_history(new_rows):
     problem = problem_on_cpu([5003, 3000, 100], 5003, [400, 256, 50])
-    runs = (admit(False), choose(True)), (admit(True), choose(False, ctas=2))
+    runs = (admit(False), choose(True)), (admit(True), choose(False, ctas=4))
     check_sticky_steps(problem, lambda step, attended: runs[step % 2 and attended], new_rows, 5, MOST)
 
 
@@ -156,6 +156,6 @@ def test_a_sequence_that_became_shorter_and_a_head_without_budget():
     check_shorter(problem_on_cpu(*SHORTER), admit(False))
 
 
-@pytest.mark.parametrize("ctas", [2, CLUSTER])
+@pytest.mark.parametrize("ctas", [4, CLUSTER])
 def test_choosing_among_equal_scores_and_all_there_are(ctas):
     check_equal_scores(problem_on_cpu([3000, 800], 3000, [[700, 1], [600, 0]]), choose(False, ctas))
