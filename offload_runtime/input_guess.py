@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from .kernels.products import MOST_TOKENS, products, products_reference, tiles
+from .kernels.products import products, tiles
 
 # Of the recall that full rank has on SmolLM2-135M (E = 576), rank 256 loses 0.0005, 128 0.003, 64 0.007
 # (bench/results/prediction_smollm2.json); in the 8B shape 256 is 134 MB in all and 4 MB a prediction.
@@ -99,13 +99,10 @@ def with_guess(
     normed: torch.Tensor, offset: torch.Tensor, down: torch.Tensor, up: torch.Tensor
 ) -> torch.Tensor:
     """normed [B, T, E] + offset [E] + up [E, R] (down [R, E] normed): two launches in a decode step."""
-    tokens = normed.numel() // normed.shape[-1]
-    if tokens > MOST_TOKENS:
-        (low,) = products_reference(normed, [down], [None])  # [B, T, R]
-        return products_reference(low, [up], [offset], normed)[0]
-    (low,) = products(normed, [down], [None])
-    tile = tiles(tokens)[0]
-    return products(low, [up], [offset], normed, tile._replace(rows=max(tile.rows, UP_ROWS)))[0]
+    (low,) = products(normed, [down], [None])  # [B, T, R]
+    usual = tiles(normed.numel() // normed.shape[-1])
+    tile = usual[0]._replace(rows=max(usual[0].rows, UP_ROWS)) if usual else None
+    return products(low, [up], [offset], normed, tile)[0]
 
 
 def shifted_layers(shift: torch.Tensor | None) -> frozenset[int]:

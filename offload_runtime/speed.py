@@ -32,9 +32,10 @@ class Rates:
     # Of a layer whose rows are on the GPU: slots for its selection and the copies there, which nothing hides.
     # What two measured steps lack (bench/results/prefill_llama8b.json).
     in_memory_s: float = 60e-6
-    # Sticky selection of 16,384 rows a head takes 74 us where exact selection of 2,048 takes 44, its slots 36
-    # where 15 (H100, 262,144 tokens, within a step).
-    sticky_s: float = 52e-6
+    # Sticky selection of 16,384 rows a head took 74 us where exact selection of 2,048 takes 44, its slots 36
+    # where 15 (H100, 262,144 tokens, within a step). In two parts either mode's step takes 17 us a layer less
+    # (H200, bench/results/two_parts_h200.json): these have not been timed on an H100.
+    sticky_s: float = 35e-6
     hbm_bytes_s: float = 2.97e12  # copies within GPU memory, as `ds-offload bench` measures them
     link_bytes_s: float = 50e9  # pinned copies
     gather: float = 47 / 50  # row gathers out of 34 GB of managed memory, as a part of what copies reach

@@ -7,7 +7,8 @@ layer i+1 makes the true selection beside that gather, waits for it and fetches 
 prediction missed. What layer i waits for comes first: the prediction begins when its own selection
 is made, and its late rows go over the link before those for layer i+1.
 In mode "predict" (the paper's DS-Offload) layer i+1 waits for the gather and attends to
-the predicted selection as it is.
+the predicted selection as it is. A sticky selection's rows are known before it is: they
+travel while the rest of it is made, and after a true one while the layer attends to what is resident.
 """
 
 from collections.abc import Callable, Iterator, Mapping
