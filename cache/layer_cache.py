@@ -1,8 +1,7 @@
 """One layer's cache: append, select, give slots, gather, attend. The path of a row.
 
 Sticky selection is made in two parts where there are kernels for it (kernels/admission.py): select() finds
-what may enter, gather() brings it, and finish() chooses meanwhile; attend_early() does what it can without
-it.
+what may enter, gather() brings it, finish() chooses meanwhile, and attend_early() does what needs none of it.
 """
 
 from dataclasses import dataclass
@@ -98,9 +97,8 @@ class LayerCache:
     def attends_in_parts(self, choice: Choice) -> bool:
         """Whether attention is: over what is resident, and when it has come over what enters.
 
-        After a true selection. A prediction's rows come while the next prediction selects, and beside that
-        the early part takes longer than it saves: 7.50 ms a step, and 7.41 in one part (262,144 tokens,
-        H200).
+        After a true selection only. A prediction's rows come while the next prediction selects, and beside
+        that the early part takes longer than it saves: 7.50 ms a step for 7.41 (262,144 tokens, H200).
         """
         return self.in_two_parts and self.one_kernel and choice.phase == TRUE
 
@@ -189,8 +187,7 @@ class LayerCache:
     def finish(self, selection: Selection, work: Workspace, phase: int, attended: bool) -> None:
         """The second part of a selection in two: choose among the candidates, and list rows missed besides.
 
-        There are such rows when a member has lost its slot, which may happen only where may_miss_members
-        says.
+        There are such rows when a member has lost its slot: only where may_miss_members is True.
         """
         if not self.in_two_parts:
             return

@@ -2,6 +2,8 @@
 
 What may enter is known before the selection is, and the members are resident already, so that a step's rows
 can be on their way while the second part runs. Both together select what sticky.py's sticky_topk selects.
+What may enter is not always selected: not what is below the best k of all tokens, a cut that is not looked
+for.
 """
 
 from typing import NamedTuple

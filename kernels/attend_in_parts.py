@@ -9,12 +9,11 @@ sparse_attention does.
 import torch
 import triton
 
-from .attend_pieces import ENTERED, MEMBERS, attend_pieces, block_rows
+from .attend_pieces import ENTERED, MEMBERS, attend_pieces, block_rows, cut
 from .combine_pieces import Pieces, combine_pieces, empty_pieces
 
-PROGRAMS, BLOCK_BYTES = 512, 8192  # of the first part: sparse_decode.py's
-# Of the second: two for each of an H100's 132 SMs, since few blocks are left and each program waits for its
-# first.
+# Programs of the second part: two for each of an H100's 132 SMs, since few blocks are left and each program
+# waits for its first. Half as many take as long (two_parts_h200.json).
 LATE_PROGRAMS = 264
 
 
@@ -39,17 +38,13 @@ def attend_to_members(
     phase: int,
     new_rows: int,
 ) -> Pieces:
-    """Sinks, selection and recent tokens but for what entered; arguments as sparse_attention_reference has
-    them.
+    """Sinks, selection and recent tokens but for what entered; arguments as in sparse_attention_reference.
 
     stamps, step and phase: as the selection's resolve_reference had them; new_rows: that may enter at most
-    steps.
+    steps. With attend_to_entered, the reference is sparse_attention_reference of the whole selection.
     """
-    lists, budget = tokens.shape[0] * tokens.shape[1], tokens.shape[2]
-    block = block_rows(query.shape[2], slots.element_size(), BLOCK_BYTES)
-    blocks = triton.cdiv(sinks + budget + recent, block)
-    chunk = triton.cdiv(blocks, max(PROGRAMS // lists, 1)) * block
-    splits = triton.cdiv(blocks * block, chunk)
+    lists, block = tokens.shape[0] * tokens.shape[1], block_rows(slots)
+    chunk, splits = cut(sinks + tokens.shape[2] + recent, lists, block)
     pieces = empty_pieces(query, splits + late_splits(new_rows, lists, block))
     attend_pieces(
         query, slots, tokens, counts, slot_of_token, lengths, sinks, recent, scale, softcap, pieces, 0,
@@ -76,10 +71,7 @@ def attend_to_entered(
     pieces: Pieces,
 ) -> torch.Tensor:
     """What is selected of entering [B, Hkv, K] (counts [B, Hkv]); the output [B, Hq, D] of both parts."""
-    lists, block = (
-        entering.shape[0] * entering.shape[1],
-        block_rows(query.shape[2], slots.element_size(), BLOCK_BYTES),
-    )
+    lists, block = entering.shape[0] * entering.shape[1], block_rows(slots)
     splits = late_splits(new_rows, lists, block)
     attend_pieces(
         query, slots, entering, counts, slot_of_token, lengths, sinks, recent, scale, softcap, pieces,

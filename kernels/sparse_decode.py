@@ -6,9 +6,8 @@ resident, prefetched or fetched late.
 """
 
 import torch
-import triton
 
-from .attend_pieces import attend_pieces, block_rows
+from .attend_pieces import BLOCK_BYTES, PROGRAMS, attend_pieces, block_rows, cut
 from .combine_pieces import combine_pieces, empty_pieces
 
 
@@ -89,29 +88,24 @@ def sparse_attention_triton(
     scale: float,
     softcap: float = 0.0,
     sink_logits: torch.Tensor | None = None,
-    programs: int = 512,
-    block_bytes: int = 8192,
+    programs: int = PROGRAMS,
+    block_bytes: int = BLOCK_BYTES,
     num_stages: int = 4,
     num_warps: int = 4,
 ) -> torch.Tensor:
     """Two launches: partial softmax sums over fixed pieces of the row list, then their combination.
 
     The list is sinks, selection, ring, in token order. How it is cut depends on
-    shapes only (about `programs` pieces in all, four for each of an H100's 132
-    SMs), so the bits of the result depend on the selection alone. A program
-    reads block_bytes of keys at a time and as much of values. The defaults take 34.7 us for 16,384 rows of
-    8 heads at 262,144 tokens, 16,384 bytes in two stages 44.3 (H100).
+    shapes only (about `programs` pieces in all), so the bits of the result depend on the selection alone.
+    A program reads block_bytes of keys at a time and as much of values.
     """
-    batch, heads, dim = query.shape
-    kv_heads, budget = tokens.shape[1:]
-    block = block_rows(dim, slots.element_size(), block_bytes)
-    blocks = triton.cdiv(sinks + budget + recent, block)
-    chunk = triton.cdiv(blocks, max(programs // (batch * kv_heads), 1)) * block
-    pieces = empty_pieces(query, triton.cdiv(blocks * block, chunk))
-    out = torch.empty(batch, heads, dim, dtype=query.dtype, device=query.device)
+    block = block_rows(slots, block_bytes)
+    rows, lists = sinks + tokens.shape[2] + recent, tokens.shape[0] * tokens.shape[1]
+    chunk, splits = cut(rows, lists, block, programs)
+    pieces, out = empty_pieces(query, splits), torch.empty_like(query, memory_format=torch.contiguous_format)
     attend_pieces(
         query, slots, tokens, counts, slot_of_token, lengths, sinks, recent, scale, softcap, pieces, 0,
-        pieces.splits, chunk, block, num_stages=num_stages, num_warps=num_warps,
+        splits, chunk, block, num_stages=num_stages, num_warps=num_warps,
     )  # fmt: skip
     combine_pieces(pieces, sink_logits, out)
     return out
