@@ -6,7 +6,7 @@ rows. K is the selection's size, fixed are sinks and recent tokens:
     attended: mass on what was attended to (by labels, or by prediction);
     recall: part of the oracle's K that was selected;
     overlap, oracle_overlap: part of K that the step before had selected, too;
-    prefetch_recall: part of the selection, of a sticky one of what may enter, that the prediction had brought.
+    prefetch_recall: part of the selection, of a sticky one of what may enter, that the prediction had too.
 """
 
 from collections.abc import Iterator, Sequence
