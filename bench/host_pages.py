@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from offload_runtime.bench.machine import machine
+from offload_runtime.bench.ops import empty_residency
 from offload_runtime.cache.managed import managed_pages
 from offload_runtime.cache.pinned import populate, register
 from offload_runtime.kernels.attention_trial import event_ms
@@ -130,16 +131,11 @@ def resolves() -> torch.cuda.CUDAGraph:
     drawn = draw_tokens(BUDGET + ROWS)
     selections = [ascending(drawn[..., :BUDGET]), ascending(drawn[..., ROWS:])]  # [1, Hkv, K]
     count = torch.full((1,), BUDGET, dtype=torch.int32, device="cuda")
-    slot_of_token = integers(1, HEADS, TOKENS) - 1
-    token_in_slot, stamps = integers(1, HEADS, BUDGET) - 1, integers(1, HEADS, BUDGET, 2) - 1
-    hand, step = integers(1, HEADS), integers(1) + 1
-    misses = (integers(1, HEADS, BUDGET), integers(1, HEADS, BUDGET), integers(1, HEADS))
-    counters = torch.zeros(1, 2, 4, dtype=torch.int64, device="cuda")
-    resident = (slot_of_token, token_in_slot, stamps, hand, step)
+    maps, step, misses = empty_residency(1, HEADS, TOKENS, BUDGET, BUDGET)
 
     def resolve_all() -> None:
         for i in range(REPEATS):
-            resolve(selections[i % 2], count, *resident, i % 2, bool(i % 2), 0, WHOLE, *misses, counters)
+            resolve(*(selections[i % 2], count, *maps, step, i % 2, bool(i % 2), 0, WHOLE, *misses))
 
     graph = captured(resolve_all)
     assert (misses[2] == ROWS).all()

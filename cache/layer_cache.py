@@ -13,6 +13,7 @@ from ..kernels.admission import admit_reference, choose_reference
 from ..kernels.admit_cluster import admit_in_clusters, choose_in_clusters
 from ..kernels.append import append_rows
 from ..kernels.attend_in_parts import attend_to_entered, attend_to_members
+from ..kernels.attend_pieces import Inputs
 from ..kernels.combine_pieces import Pieces
 from ..kernels.gather import gather_rows
 from ..kernels.history import REMEMBERED, empty_history
@@ -222,7 +223,7 @@ class LayerCache:
         """Attention of query [B, Hq, D] as far as no row has to come for it; None where that is nothing."""
         if not self.attends_in_parts(choice) or self.may_miss_members:
             return None
-        return self._attend_to_members(query, choice, scale, softcap)
+        return self._attend_to_members(self._inputs(query, scale, softcap), choice)
 
     def attend(
         self,
@@ -237,19 +238,26 @@ class LayerCache:
 
         The selection's rows have come. early: what attend_early() gave.
         """
-        resident, selection = self.resident, choice.selection
-        places = (resident.slot_of_token, self.state.lengths, resident.sinks, resident.recent, scale, softcap)
+        inputs, selection = self._inputs(query, scale, softcap), choice.selection
         if self.attends_in_parts(choice):
-            pieces = early or self._attend_to_members(query, choice, scale, softcap)
-            entering, new_rows = choice.work.entering, self.new_rows or 0
-            entered = (entering.tokens, entering.counts, *places, sink_logits)
-            stamps = (resident.stamps, self.state.step, new_rows, pieces)
-            return attend_to_entered(query, resident.slots, *entered, *stamps)
-        arguments: tuple[Any, ...] = (selection.tokens, selection.counts, *places, sink_logits)
-        return sparse_attention(query, resident.slots, *arguments)
+            entering = choice.work.entering
+            pieces = early or self._attend_to_members(inputs, choice)
+            stamps = (self.resident.stamps, self.state.step, self.new_rows or 0)
+            return attend_to_entered(inputs, entering.tokens, entering.counts, *stamps, pieces, sink_logits)
+        return sparse_attention(
+            query,
+            inputs.slots,
+            selection.tokens,
+            selection.counts,
+            *inputs[2:],
+            sink_logits,
+        )
 
-    def _attend_to_members(self, query: torch.Tensor, choice: Choice, scale: float, softcap: float) -> Pieces:
-        resident, selection = self.resident, choice.selection
-        places = (resident.slot_of_token, self.state.lengths, resident.sinks, resident.recent, scale, softcap)
-        stamps = (resident.stamps, self.state.step, choice.phase, self.new_rows or 0)
-        return attend_to_members(query, resident.slots, selection.tokens, selection.counts, *places, *stamps)
+    def _attend_to_members(self, inputs: Inputs, choice: Choice) -> Pieces:
+        stamps = (self.resident.stamps, self.state.step, choice.phase, self.new_rows or 0)
+        return attend_to_members(inputs, choice.selection.tokens, choice.selection.counts, *stamps)
+
+    def _inputs(self, query: torch.Tensor, scale: float, softcap: float) -> Inputs:
+        resident, lengths = self.resident, self.state.lengths
+        places = (resident.slots, resident.slot_of_token, lengths, resident.sinks, resident.recent)
+        return Inputs(query, *places, scale, softcap)

@@ -57,12 +57,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     load_members(part, history, attended, member_bits, shared);
 
     auto others = [&](int word) { return ~member_bits[word]; };
-    int members = shared.all_members, round = 0;
-    int admitted = max(min(min(max(new_rows, k - members), k), span - members), 0), wanted = admitted;
-    Range range = find_range(part, wanted, round, shared, others);
+    int members = shared.all_members;
+    int admitted = max(min(min(max(new_rows, k - members), k), span - members), 0);
+    int from = choose_best(part, admitted, rank, chosen, shared, others);
     if (threadIdx.x < 32) count_lower_members(rank, shared);
-    collect(part, range, chosen, shared, others);
-    int from = choose_listed(part, wanted, rank, chosen, shared);
     int to = for_each_marked(chosen, n, from, shared, [&](int at, int i) { entering[at] = first + i; });
     for (int i = threadIdx.x; i < (n + 31) / 32; i += THREADS) member_bits[i] |= chosen[i];
     for_each_marked(member_bits, n, from + shared.lower_members, shared, [&](int at, int i) {

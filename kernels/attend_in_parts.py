@@ -9,7 +9,7 @@ sparse_attention does.
 import torch
 import triton
 
-from .attend_pieces import ENTERED, MEMBERS, attend_pieces, block_rows, cut
+from .attend_pieces import ENTERED, MEMBERS, Inputs, attend_pieces, block_rows, cut
 from .combine_pieces import Pieces, combine_pieces, empty_pieces
 
 # Programs of the second part: two for each of an H100's 132 SMs, since few blocks are left and each program
@@ -23,60 +23,41 @@ def late_splits(new_rows: int, lists: int, block: int) -> int:
 
 
 def attend_to_members(
-    query: torch.Tensor,
-    slots: torch.Tensor,
+    inputs: Inputs,
     tokens: torch.Tensor,
     counts: torch.Tensor,
-    slot_of_token: torch.Tensor,
-    lengths: torch.Tensor,
-    sinks: int,
-    recent: int,
-    scale: float,
-    softcap: float,
     stamps: torch.Tensor,
     step: torch.Tensor,
     phase: int,
     new_rows: int,
 ) -> Pieces:
-    """Sinks, selection and recent tokens but for what entered; arguments as in sparse_attention_reference.
+    """Sinks, selection (tokens [B, Hkv, K], counts [B, Hkv]) and recent tokens, but for what entered.
 
     stamps, step and phase: as the selection's resolve_reference had them; new_rows: that may enter at most
     steps. With attend_to_entered, the reference is sparse_attention_reference of the whole selection.
     """
-    lists, block = tokens.shape[0] * tokens.shape[1], block_rows(slots)
-    chunk, splits = cut(sinks + tokens.shape[2] + recent, lists, block)
-    pieces = empty_pieces(query, splits + late_splits(new_rows, lists, block))
-    attend_pieces(
-        query, slots, tokens, counts, slot_of_token, lengths, sinks, recent, scale, softcap, pieces, 0,
-        splits, chunk, block, MEMBERS, stamps, step, phase,
-    )  # fmt: skip
+    lists, block = tokens.shape[0] * tokens.shape[1], block_rows(inputs.slots)
+    chunk, splits = cut(inputs.sinks + tokens.shape[2] + inputs.recent, lists, block)
+    pieces = empty_pieces(inputs.query, splits + late_splits(new_rows, lists, block))
+    attend_pieces(inputs, tokens, counts, pieces, 0, splits, chunk, block, MEMBERS, stamps, step, phase)
     return pieces
 
 
 def attend_to_entered(
-    query: torch.Tensor,
-    slots: torch.Tensor,
+    inputs: Inputs,
     entering: torch.Tensor,
     counts: torch.Tensor,
-    slot_of_token: torch.Tensor,
-    lengths: torch.Tensor,
-    sinks: int,
-    recent: int,
-    scale: float,
-    softcap: float,
-    sink_logits: torch.Tensor | None,
     stamps: torch.Tensor,
     step: torch.Tensor,
     new_rows: int,
     pieces: Pieces,
+    sink_logits: torch.Tensor | None,
 ) -> torch.Tensor:
     """What is selected of entering [B, Hkv, K] (counts [B, Hkv]); the output [B, Hq, D] of both parts."""
-    lists, block = entering.shape[0] * entering.shape[1], block_rows(slots)
+    lists, block = entering.shape[0] * entering.shape[1], block_rows(inputs.slots)
     splits = late_splits(new_rows, lists, block)
-    attend_pieces(
-        query, slots, entering, counts, slot_of_token, lengths, sinks, recent, scale, softcap, pieces,
-        pieces.splits - splits, splits, block, block, ENTERED, stamps, step,
-    )  # fmt: skip
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    first = pieces.splits - splits
+    attend_pieces(inputs, entering, counts, pieces, first, splits, block, block, ENTERED, stamps, step)
+    out = torch.empty_like(inputs.query, memory_format=torch.contiguous_format)
     combine_pieces(pieces, sink_logits, out)
     return out

@@ -4,6 +4,8 @@ A piece's result is its weighted values and their softmax sum; combine_pieces.py
 order within a piece is the order of the list, and how a list is cut depends on shapes only.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,19 @@ WHOLE, MEMBERS, ENTERED = 0, 1, 2
 # Pieces in all, four for each of an H100's 132 SMs, and bytes of keys that a program reads at a time. They
 # take 34.7 us for 16,384 rows of 8 heads at 262,144 tokens, 16,384 bytes in two stages 44.3 (H100).
 PROGRAMS, BLOCK_BYTES = 512, 8192
+
+
+class Inputs(NamedTuple):
+    """What all pieces of one attention share, as sparse_attention_reference has it."""
+
+    query: torch.Tensor
+    slots: torch.Tensor
+    slot_of_token: torch.Tensor
+    lengths: torch.Tensor
+    sinks: int
+    recent: int
+    scale: float
+    softcap: float
 
 
 def block_rows(slots: torch.Tensor, block_bytes: int = BLOCK_BYTES) -> int:
@@ -32,16 +47,9 @@ def cut(rows: int, lists: int, block: int, programs: int = PROGRAMS) -> tuple[in
 
 
 def attend_pieces(
-    query: torch.Tensor,
-    slots: torch.Tensor,
+    inputs: Inputs,
     tokens: torch.Tensor,
     counts: torch.Tensor,
-    slot_of_token: torch.Tensor,
-    lengths: torch.Tensor,
-    sinks: int,
-    recent: int,
-    scale: float,
-    softcap: float,
     pieces: Pieces,
     first_split: int,
     splits: int,
@@ -54,11 +62,13 @@ def attend_pieces(
     num_stages: int = 4,
     num_warps: int = 4,
 ) -> None:
-    """Write the results of `splits` pieces, a program each, from first_split on; else as sparse_attention.
+    """Write the results of `splits` pieces of lists, a program each, from first_split on.
 
-    chunk: rows of a piece, whole blocks; of ENTERED a block, and pieces take blocks in turn. stamps [B, Hkv,
-    n_slots, 2], step [1] and phase as resolve_reference has them, for the parts.
+    tokens [B, Hkv, K] ascending and counts [B, Hkv] int32: the selection, or what may enter. chunk: rows of a
+    piece, whole blocks; of ENTERED a block, and pieces take blocks in turn. stamps [B, Hkv, n_slots, 2],
+    step [1] and phase as resolve_reference has them, for the parts.
     """
+    query, slots, slot_of_token, lengths, sinks, recent, scale, softcap = inputs
     batch, heads, dim = query.shape
     kv_heads, budget = tokens.shape[1:]
     assert query.stride(2) == slot_of_token.stride(2) == 1
@@ -104,7 +114,7 @@ def _attend_kernel(
     last = tl.minimum(start + CHUNK, total) if PART != 2 else total
     stride = BLOCK if PART != 2 else tl.num_programs(0) * BLOCK
     now = tl.load(step) if PART != 0 else 0
-    b_stamps = stamps + i_bh.to(tl.int64) * stamps_h if PART != 0 else 0
+    p_stamps = stamps + i_bh.to(tl.int64) * stamps_h if PART != 0 else 0
 
     o_g = tl.arange(0, GROUP_PAD)
     m_g = o_g < GROUP
@@ -123,18 +133,10 @@ def _attend_kernel(
     b_sum = tl.zeros([GROUP_PAD], tl.float32)
     b_out = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
     for first in tl.range(start, last, stride, num_stages=STAGES):
-        o_n = first + tl.arange(0, BLOCK)
-        m_n = o_n < last
-        o_k = o_n - n_sinks
-        m_k = m_n & (o_k >= 0) & (o_k < count)
-        b_token = tl.load(p_tokens + o_k, mask=m_k, other=0)  # [BLOCK]
-        b_slot = tl.load(p_map + b_token, mask=m_k, other=0)
-        if PART == 1:
-            m_n = m_n & (~m_k | (tl.load(b_stamps + 2 * b_slot + 1, mask=m_k, other=0) != 2 * now + phase))
-        elif PART == 2:
-            m_n = m_n & (tl.load(b_stamps + 2 * b_slot, mask=m_k, other=0) == now)
-        b_ring = SINKS + (ring_start + o_k - count) % RECENT
-        b_place = tl.where(m_k, SINKS + RECENT + b_slot, tl.where(o_k < 0, o_n, b_ring)).to(tl.int64)
+        b_place, m_n = _places(
+            first, last, n_sinks, count, ring_start, p_tokens, p_map, p_stamps, now, phase,
+            SINKS, RECENT, BLOCK, PART,
+        )  # fmt: skip
         p_key = p_rows + b_place[:, None] * (2 * DIM) + o_d[None, :]
         m_row = m_n[:, None] & m_d[None, :]
         b_key = tl.load(p_key, mask=m_row, other=0.0)  # [BLOCK, D]
@@ -145,16 +147,7 @@ def _attend_kernel(
         b_logit = tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scale  # [G, BLOCK]
         if SOFTCAP:
             b_logit = softcap * (1 - 2 / (tl.exp2(b_logit * (2 * LOG2E / softcap)) + 1))
-        b_logit = tl.where(m_n[None, :], b_logit * LOG2E, float("-inf") if PART == 0 else -1e30)
-        b_new_top = tl.maximum(b_top, tl.max(b_logit, 1))
-        b_shrink = tl.exp2(b_top - b_new_top)
-        b_mass = tl.exp2(b_logit - b_new_top[:, None])
-        if PART != 0:
-            b_mass = tl.where(m_n[None, :], b_mass, 0.0)
-        b_sum = b_sum * b_shrink + tl.sum(b_mass, 1)
-        b_out = b_out * b_shrink[:, None]
-        b_out = tl.dot(b_mass.to(b_value.dtype), b_value, b_out, input_precision="ieee")
-        b_top = b_new_top
+        b_top, b_sum, b_out = _take_in(b_logit * LOG2E, b_value, m_n, b_top, b_sum, b_out, PART)
 
     # A piece past the end leaves top = -inf; its sums and values are then never read.
     o_part = (i_bh * GROUP + o_g).to(tl.int64) * SPLITS + first_split + i_split
@@ -165,3 +158,39 @@ def _attend_kernel(
         tl.store(sums + o_part, b_sum, mask=m_g)
         p_partial = partial + o_part[:, None] * DIM + o_d[None, :]
         tl.store(p_partial, b_out, mask=m_g[:, None] & m_d[None, :])
+
+
+@triton.jit
+def _places(
+    first, last, n_sinks, count, ring_start, p_tokens, p_map, p_stamps, now, phase,
+    SINKS: tl.constexpr, RECENT: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Where a block of the list's rows lie, counted from the first sink, and which of them take part."""
+    o_n = first + tl.arange(0, BLOCK)
+    m_n = o_n < last
+    o_k = o_n - n_sinks
+    m_k = m_n & (o_k >= 0) & (o_k < count)
+    b_token = tl.load(p_tokens + o_k, mask=m_k, other=0)  # [BLOCK]
+    b_slot = tl.load(p_map + b_token, mask=m_k, other=0)
+    if PART == 1:
+        m_n = m_n & (~m_k | (tl.load(p_stamps + 2 * b_slot + 1, mask=m_k, other=0) != 2 * now + phase))
+    elif PART == 2:
+        m_n = m_n & (tl.load(p_stamps + 2 * b_slot, mask=m_k, other=0) == now)
+    b_ring = SINKS + (ring_start + o_k - count) % RECENT
+    b_place = tl.where(m_k, SINKS + RECENT + b_slot, tl.where(o_k < 0, o_n, b_ring))
+    return b_place.to(tl.int64), m_n
+
+
+@triton.jit
+def _take_in(b_logit, b_value, m_n, b_top, b_sum, b_out, PART: tl.constexpr):
+    """Running softmax: logits [G, BLOCK] in powers of 2 and values [BLOCK, D] of the rows that take part."""
+    b_logit = tl.where(m_n[None, :], b_logit, float("-inf") if PART == 0 else -1e30)
+    b_new_top = tl.maximum(b_top, tl.max(b_logit, 1))
+    b_shrink = tl.exp2(b_top - b_new_top)
+    b_mass = tl.exp2(b_logit - b_new_top[:, None])
+    if PART != 0:
+        b_mass = tl.where(m_n[None, :], b_mass, 0.0)
+    b_sum = b_sum * b_shrink + tl.sum(b_mass, 1)
+    b_out = b_out * b_shrink[:, None]
+    b_out = tl.dot(b_mass.to(b_value.dtype), b_value, b_out, input_precision="ieee")
+    return b_new_top, b_sum, b_out

@@ -79,11 +79,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     load_keys(candidate_scores + first, n, keys, shared);
     cluster_wait();  // every CTA's totals are zero
     Part part = {keys, n, first};
-    auto all = [](int) { return ALL; };
-    int wanted = k, round = 0;
-    Range range = find_range(part, wanted, round, shared, all);
-    collect(part, range, chosen, shared, all);
-    int lower = choose_listed(part, wanted, rank, chosen, shared);
+    int lower = choose_best(part, k, rank, chosen, shared, [](int) { return ALL; });
     cluster_arrive_relaxed();  // this thread reads no other CTA's memory below
     write_chosen(candidates + first, chosen, n, lower, tokens, history - sinks, slot_of_token, stamps, now, attended,
                  shared);

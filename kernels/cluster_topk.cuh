@@ -131,15 +131,14 @@ __device__ void find_digit(Shared& shared, int round, int wanted, int lane) {
 // A range of at most LIST tokens that has the wanted-th best in it; wanted becomes what is wanted of the
 // range. eligible(i / 32) has a bit for each token that counts; the histogram holds them by score_bin.
 template <class Eligible>
-__device__ Range find_range(Part part, int& wanted, int& round, Shared& shared, Eligible eligible) {
+__device__ Range find_range(Part part, int& wanted, Shared& shared, Eligible eligible) {
     Range range = {};
-    for (int shift = -1;;) {
+    for (int round = 0, shift = -1;; ++round) {
         __syncthreads();
         push_histogram(shared, round);
         cluster_sync();
         if (threadIdx.x < 32) find_digit(shared, round, wanted, threadIdx.x);
         __syncthreads();
-        ++round;
         wanted = shared.wanted;
         if (shift < 0) {
             range = {bin_start(shared.digit), bin_start(shared.digit + 1) - 1};
@@ -213,6 +212,16 @@ __device__ int choose_listed(Part part, int wanted, unsigned rank, unsigned* cho
         atomicOr(&chosen[i >> 5], 1u << (i & 31));
     }
     return __reduce_add_sync(ALL, higher) + __syncthreads_count(taken && candidate < mine);
+}
+
+// Mark those of this CTA's tokens that are among the cluster's `wanted` best of the eligible in chosen [n / 32];
+// returns how many are chosen in lower CTAs. The histogram holds the eligible ones; once in a kernel.
+template <class Eligible>
+__device__ int choose_best(
+    Part part, int wanted, unsigned rank, unsigned* chosen, Shared& shared, Eligible eligible) {
+    Range range = find_range(part, wanted, shared, eligible);
+    collect(part, range, chosen, shared, eligible);
+    return choose_listed(part, wanted, rank, chosen, shared);
 }
 
 // Call put(place, i) for this CTA's tokens i that are marked [n / 32], in order, from `place` on; returns the

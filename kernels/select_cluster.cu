@@ -36,11 +36,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                      offsets + row * GROUP, n, keys, shared);
         cluster_wait();  // every CTA's totals are zero
         Part part = {keys, n, (int)rank * share};
-        auto all = [](int) { return ALL; };
-        int wanted = k, round = 0;
-        Range range = find_range(part, wanted, round, shared, all);
-        collect(part, range, chosen, shared, all);
-        int lower = choose_listed(part, wanted, rank, chosen, shared);
+        int lower = choose_best(part, k, rank, chosen, shared, [](int) { return ALL; });
         cluster_arrive_relaxed();  // this thread reads no other CTA's memory below
         for_each_marked(chosen, n, lower, shared, [&](int to, int i) { target[to] = first + i; });
         cluster_wait();  // no CTA leaves while another may read its shared memory

@@ -7,7 +7,7 @@ resident, prefetched or fetched late.
 
 import torch
 
-from .attend_pieces import BLOCK_BYTES, PROGRAMS, attend_pieces, block_rows, cut
+from .attend_pieces import BLOCK_BYTES, PROGRAMS, Inputs, attend_pieces, block_rows, cut
 from .combine_pieces import combine_pieces, empty_pieces
 
 
@@ -103,9 +103,9 @@ def sparse_attention_triton(
     rows, lists = sinks + tokens.shape[2] + recent, tokens.shape[0] * tokens.shape[1]
     chunk, splits = cut(rows, lists, block, programs)
     pieces, out = empty_pieces(query, splits), torch.empty_like(query, memory_format=torch.contiguous_format)
+    inputs = Inputs(query, slots, slot_of_token, lengths, sinks, recent, scale, softcap)
     attend_pieces(
-        query, slots, tokens, counts, slot_of_token, lengths, sinks, recent, scale, softcap, pieces, 0,
-        splits, chunk, block, num_stages=num_stages, num_warps=num_warps,
-    )  # fmt: skip
+        inputs, tokens, counts, pieces, 0, splits, chunk, block, num_stages=num_stages, num_warps=num_warps
+    )
     combine_pieces(pieces, sink_logits, out)
     return out

@@ -49,11 +49,6 @@ class Sticky:
         return (self.history, *vars(self.resident).values(), *lists, self.step)
 
     @property
-    def misses(self):
-        resident = self.resident
-        return resident.miss_tokens, resident.miss_slots, resident.miss_counts, resident.counters
-
-    @property
     def limits(self):
         problem = self.problem
         return problem.budgets, problem.lengths, SINKS, RECENT
@@ -63,9 +58,8 @@ class Sticky:
         problem, resident = self.problem, self.resident
         budgets, *fixed = self.limits
         lists = (self.history, attended, *self.entering, self.candidates)
-        maps = (resident.slot_of_token, resident.token_in_slot, resident.stamps, resident.hand)
-        labels = (*problem.labels, problem.bits)
-        run(*labels, budgets, new_rows, *fixed, *lists, maps, self.step, phase, REMEMBERED, self.misses)
+        labels, slots = (*problem.labels, problem.bits), (resident.maps, self.step, phase, REMEMBERED)
+        run(*labels, budgets, new_rows, *fixed, *lists, *slots, resident.misses)
 
     def choose(self, run, attended, phase=1):
         """By a function like choose_in_clusters."""
@@ -116,6 +110,7 @@ def check_sticky_steps(problem, runs, new_rows, steps, most=None):
     for step in range(steps):
         problem.query_labels += problem.normal(*problem.query_labels.shape) * 0.1
         sticky.step += 1
+        predicted = None
         for attended in (False, True):
             admit, choose = runs(step, attended)
             before = sticky.copy()
@@ -131,6 +126,8 @@ def check_sticky_steps(problem, runs, new_rows, steps, most=None):
             rest = (before.history.clone(), attended, *expected)
             sticky_topk_reference(scores, budgets, new_rows, *fixed, *rest)
             check(tokens, counts, *expected, scores, most)
+            assert predicted is None or torch.equal(tokens, predicted)
+            predicted = tokens.clone()
         check_what_is_new(before, sticky, new_rows, step)
 
 

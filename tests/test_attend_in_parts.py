@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from offload_runtime.cache.layer_cache import TRUE, LayerCache
 from offload_runtime.kernels.attend_in_parts import attend_to_entered, attend_to_members, late_splits
+from offload_runtime.kernels.attend_pieces import Inputs
 from offload_runtime.kernels.sparse_decode import sparse_attention_reference
 
-from .test_kernels_triton import RECENT, SINKS, TOLERANCE, attention_inputs
+from .models import logits_of, offloaded, random_ids, random_llama
+from .test_kernels_triton import RECENT, SINKS, TOLERANCE, attention_inputs, with_rows_moved
 
 STEP, PHASE = 5, 1
 LENGTHS = [0, 1, 3, 7, 63, 127, 1000]
@@ -41,13 +44,12 @@ def with_stamps(inputs, share, generator):
 
 
 def in_parts(inputs, lists, scale, softcap=0.0, sink_logits=None, new_rows=40):
-    query, slots, tokens, counts, slot_of_token, lengths, sinks, recent = inputs
+    query, slots, tokens, counts, *places = inputs
     entering, entering_counts, stamps = lists
     step = torch.tensor([STEP], dtype=torch.int32, device=query.device)
-    places = (slot_of_token, lengths, sinks, recent, scale, softcap)
-    pieces = attend_to_members(query, slots, tokens, counts, *places, stamps, step, PHASE, new_rows)
-    entered = (entering, entering_counts, *places, sink_logits, stamps, step, new_rows, pieces)
-    return attend_to_entered(query, slots, *entered)
+    shared = Inputs(query, slots, *places, scale, softcap)
+    pieces = attend_to_members(shared, tokens, counts, stamps, step, PHASE, new_rows)
+    return attend_to_entered(shared, entering, entering_counts, stamps, step, new_rows, pieces, sink_logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -77,15 +79,25 @@ def test_same_bits_wherever_the_rows_lie(device):
     inputs = attention_inputs([127, 1000], 100, 4, 64, torch.bfloat16, device)
     entering, counts, stamps = with_stamps(inputs, 0.2, torch.Generator().manual_seed(2))
     here = in_parts(inputs, (entering, counts, stamps), 0.125)
-    query, slots, tokens, chosen_counts, slot_of_token, *rest = inputs
-    moved_to = torch.randperm(slots.shape[2] - SINKS - RECENT).to(device)
-    moved, moved_map, moved_stamps = slots.clone(), slot_of_token.clone(), stamps.clone()
-    moved[:, :, SINKS + RECENT + moved_to] = slots[:, :, SINKS + RECENT :]
+    moved, moved_to = with_rows_moved(inputs)
+    moved_stamps = stamps.clone()
     moved_stamps[:, :, moved_to] = stamps
-    resident = slot_of_token >= 0
-    moved_map[resident] = moved_to[slot_of_token[resident].long()].int()
-    there = (query, moved, tokens, chosen_counts, moved_map, *rest)
-    assert torch.equal(here, in_parts(there, (entering, counts, moved_stamps), 0.125))
+    assert torch.equal(here, in_parts(moved, (entering, counts, moved_stamps), 0.125))
+
+
+@pytest.mark.parametrize("slots", [24, 48])
+def test_a_session_attends_alike_in_parts_and_as_a_whole(slots, device, monkeypatch):
+    """With as many slots as may be selected (some rows are missed late), and with twice as many."""
+    model, ids = random_llama(device=device, layers=2), random_ids(200, device=device)
+
+    def logits(in_parts):
+        monkeypatch.setattr(LayerCache, "attends_in_parts", in_parts)
+        runtime = offloaded(model, budget=24, new_rows=3, slots=slots, prefetch="correct", cuda_graph=False)
+        return logits_of(runtime.generate, ids, 4)[1]
+
+    whole = logits(lambda cache, choice: False)
+    both = logits(lambda cache, choice: cache.in_two_parts and choice.phase == TRUE)
+    torch.testing.assert_close(both, whole, rtol=1e-3, atol=1e-4)
 
 
 def test_pieces_of_what_enters():

@@ -18,7 +18,6 @@ from offload_runtime.kernels.cluster_launch import (
 
 KERNELS = Path(__file__).parent.parent / "kernels"
 SELECT, ADMIT = (*SCORING_SOURCES, "select_cluster.cu"), (*ADMITTING_SOURCES, "admit_cluster.cu")
-SPILLED_BYTES = 8  # two registers around a warp's collective, not in a loop
 LABELS = {**dict(label_defines(32, 4, 4)), "THREADS": 512}
 WIDE = {**dict(label_defines(128, 16, 8)), "THREADS": 512}
 CASES = {
@@ -85,9 +84,7 @@ def loads_on_their_way(sass: str) -> list[str]:
 def test_source_compiles(case, target, cluster, tmp_path):
     """cluster: CTAs in a cluster, which the gather has none of."""
     said = compile_case(case, target, cluster, tmp_path / "out")
-    spilled = re.search(r"(\d+) bytes spill stores", said)
-    assert spilled is not None
-    assert "wide" in case or int(spilled[1]) <= SPILLED_BYTES
+    assert "wide" in case or " 0 bytes spill stores" in said
 
 
 @needs_nvcc

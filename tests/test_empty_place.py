@@ -106,22 +106,16 @@ def test_the_cluster_kernel_selects_nothing(sticky):
     tokens = torch.full((3, 2, BUDGET), 9, dtype=torch.int32, device="cuda")
     counts = torch.full((3, 2), 9, dtype=torch.int32, device="cuda")
     budgets = torch.tensor([[0] * 2, [BUDGET] * 2, [0] * 2], dtype=torch.int32, device="cuda")
-    fixed, lengths, arguments = (
-        (SINKS, RECENT),
-        lengths_on("cuda"),
-        (labels, offsets, codes, scales, 16, budgets),
-    )
+    fixed, lengths = (SINKS, RECENT), lengths_on("cuda")
+    arguments = (labels, offsets, codes, scales, 16, budgets)
     if sticky:
-        history, candidates = (
-            empty_history(3, 2, CAPACITY, "cuda"),
-            empty_candidates(3, 2, 2 * BUDGET, "cuda"),
-        )
+        history = empty_history(3, 2, CAPACITY, "cuda")
+        candidates = empty_candidates(3, 2, 2 * BUDGET, "cuda")
         entering = torch.full_like(tokens, 9), torch.full_like(counts, 9)
         resident = Resident.empty(3, 2, CAPACITY, 2 * BUDGET, BUDGET, "cuda")
         step, lists = torch.ones(1, dtype=torch.int32, device="cuda"), (history, True, *entering, candidates)
-        maps = (resident.slot_of_token, resident.token_in_slot, resident.stamps, resident.hand)
-        misses = (resident.miss_tokens, resident.miss_slots, resident.miss_counts, resident.counters)
-        admit_in_clusters(*arguments, 3, lengths, *fixed, *lists, maps, step, 1, 8, misses)
+        slots = (resident.maps, step, 1, 8, resident.misses)
+        admit_in_clusters(*arguments, 3, lengths, *fixed, *lists, *slots)
         assert resident.miss_counts.tolist() == [[0] * 2, [BUDGET] * 2, [0] * 2]
         stamps = (resident.slot_of_token, resident.stamps, step, 1, resident.counters)
         choose_in_clusters(candidates, budgets, SINKS, history, True, tokens, counts, *stamps)

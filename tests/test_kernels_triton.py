@@ -232,16 +232,19 @@ def test_attention_pieces_of_any_number_of_blocks(programs, device):
     torch.testing.assert_close(got, want, **TOLERANCE[torch.float32])
 
 
-def test_attention_has_the_same_bits_wherever_the_rows_lie(device):
-    inputs = attention_inputs([127, 1000], 100, 4, 64, torch.bfloat16, device)
+def with_rows_moved(inputs):
+    """attention_inputs with the resident rows in other slots, and the new slot of each."""
     query, slots, tokens, counts, slot_of_token, *rest = inputs
-    n_slots = slots.shape[2] - SINKS - RECENT
-    moved_to = torch.randperm(n_slots).to(device)
+    moved_to = torch.randperm(slots.shape[2] - SINKS - RECENT).to(slots.device)
     moved, moved_map = slots.clone(), slot_of_token.clone()
     moved[:, :, SINKS + RECENT + moved_to] = slots[:, :, SINKS + RECENT :]
     resident = slot_of_token >= 0
     moved_map[resident] = moved_to[slot_of_token[resident].long()].int()
     assert not torch.equal(moved_map, slot_of_token)
-    here = sparse_attention_triton(query, slots, tokens, counts, slot_of_token, *rest, 0.125)
-    there = sparse_attention_triton(query, moved, tokens, counts, moved_map, *rest, 0.125)
-    assert torch.equal(here, there)
+    return (query, moved, tokens, counts, moved_map, *rest), moved_to
+
+
+def test_attention_has_the_same_bits_wherever_the_rows_lie(device):
+    inputs = attention_inputs([127, 1000], 100, 4, 64, torch.bfloat16, device)
+    moved, _ = with_rows_moved(inputs)
+    assert torch.equal(sparse_attention_triton(*inputs, 0.125), sparse_attention_triton(*moved, 0.125))

@@ -47,12 +47,17 @@ class Resident:
             torch.zeros(batch, 2, 4, dtype=torch.int64, device=device),
         )
 
+    @property
+    def maps(self):
+        return self.slot_of_token, self.token_in_slot, self.stamps, self.hand
+
+    @property
+    def misses(self):
+        return self.miss_tokens, self.miss_slots, self.miss_counts, self.counters
+
     def resolve(self, run, tokens, counts, step, phase, attended=None, kept_steps=0, part=WHOLE):
         attended = phase == 1 if attended is None else attended
-        run(
-            tokens, counts, self.slot_of_token, self.token_in_slot, self.stamps, self.hand, step, phase,
-            attended, kept_steps, part, self.miss_tokens, self.miss_slots, self.miss_counts, self.counters,
-        )  # fmt: skip
+        run(tokens, counts, *self.maps, step, phase, attended, kept_steps, part, *self.misses)
 
 
 def random_selection(generator, batch, kv_heads, capacity, k_max, counts, device):
