@@ -215,8 +215,11 @@ class ModelAdapter:
         projections = [getattr(attention, name, None) for name in ("k_proj", "v_proj")]
         # nn.Linear and the packed forms of bitsandbytes and torchao say how wide their output is.
         unused: list[Any] = [part for part in projections if hasattr(part, "out_features")]
+        forwards = [(projection, unfilled_output(projection)) for projection in unused]
+        if correction is not None and index in correction.projections:
+            forwards.append((attention.q_proj, lambda x: correction.project(index, x)))
         try:
-            with replaced([(projection, unfilled_output(projection)) for projection in unused]):
+            with replaced(forwards):
                 attention(hidden_states=normed, **keywords)
         except QueryReady as ready:
             return ready.query, ready.scale

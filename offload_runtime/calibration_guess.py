@@ -18,8 +18,8 @@ from .adapter import AttentionCall, ModelAdapter
 from .calibration import Calibration
 from .calibration_collect import MIN_RECALL, attend, selection_recall
 from .calibration_shift import SKIPPED_TOKENS
-from .input_guess import Guesses, InputCorrection, guess_rank
-from .products import is_plain_linear
+from .input_guess import Guesses, InputCorrection, Parts, guess_rank
+from .products import query_projections
 
 RIDGE = 1e-3  # of the mean square of the input; 8 x 4,096 tokens fit 576 inputs and more
 # Of a subspace of twice the rank: a direction is found to (its 2 R-th eigenvalue / its own)^4.
@@ -29,7 +29,6 @@ MOMENT_BYTES = 8 << 30  # of host memory: the 8B shape takes 4.3 GB, larger mode
 
 Observer = Callable[[int, torch.Tensor, torch.Tensor, dict[str, Any]], None]
 CallHandler = Callable[[int, AttentionCall], None]
-Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # offset [E], down [R, E], up [E, R]
 
 
 @dataclass
@@ -84,8 +83,8 @@ def query_metric(adapter: ModelAdapter, index: int, width: int) -> torch.Tensor:
 
     The identity where the projection is not a plain linear layer: packed, or fused with that of keys.
     """
-    projection = getattr(adapter.attentions[index], "q_proj", None)
-    if projection is None or not is_plain_linear(projection):
+    projection = query_projections(adapter.attentions).get(index)
+    if projection is None:
         return torch.eye(width)
     wide = projection.weight.detach().float()  # [Hq D, E]
     square = wide.T @ wide

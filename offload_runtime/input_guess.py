@@ -5,10 +5,12 @@ corrections, each for the layers that a calibration chose: a shift of the input 
 guess of what is missing from the normalised input, affine and of low rank (calibration_guess.py).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import nn
 
 from .kernels.products import products, tiles
 
@@ -18,13 +20,17 @@ WIDTHS_A_RANK, MOST_RANK = 2, 256
 UP_ROWS = 8  # outputs of a program: 512 programs of 4 KB in the 8B shape, a few for each SM (arithmetic)
 
 
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # offset [N], down [R, E], up [N, R]
+
+
 def guess_rank(width: int) -> int:
     return min(MOST_RANK, width // WIDTHS_A_RANK)
 
 
-def guess_bytes(layers: int, width: int, number_bytes: int) -> int:
-    """What the guesses of all layers take."""
-    return layers * width * (2 * guess_rank(width) + 1) * number_bytes
+def guess_bytes(layers: int, width: int, query_width: int, number_bytes: int) -> int:
+    """What the guesses of all layers take: of inputs [E] or of queries [Hq D], whichever is more."""
+    rank, most = guess_rank(width), max(width, query_width)
+    return layers * (rank * width + (rank + 1) * most) * number_bytes
 
 
 @dataclass(frozen=True)
@@ -56,30 +62,47 @@ class InputCorrection:
     """The corrections of one session's predictions, in place for good: captured graphs read them.
 
     shift [L, E] and guesses may be None. Which layers have which, and the rank, stay as they are at first.
+    projections: the plain query projections by layer, as far as there are any. A guess is carried through
+    its layer's at once, W (x + offset + up (down x)) = W x + W offset + (W up) (down x), so that W x and
+    down x are one launch and need not wait for each other.
     """
 
     def __init__(
-        self, shift: torch.Tensor | None, guesses: Guesses | None, dtype: torch.dtype, device: torch.device
+        self,
+        shift: torch.Tensor | None,
+        guesses: Guesses | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        projections: Mapping[int, nn.Linear] | None = None,
     ) -> None:
         self.shifted, self.guessed = shifted_layers(shift), guessed_layers(guesses)
         self.shift = None if shift is None else shift.to(device, dtype, copy=True)
-        self.guesses = None
-        if guesses is not None:
-            self.guesses = Guesses(*(part.to(device, dtype, copy=True) for part in guesses.parts))
+        self.projections = {i: linear for i, linear in (projections or {}).items() if i in self.guessed}
+        self.dtype, self.device = dtype, device
+        # By layer, contiguous: offset, down and up, the first and the last carried through its projection.
+        self.parts = {} if guesses is None else {index: self._made(index, guesses) for index in self.guessed}
+
+    def _made(self, index: int, guesses: Guesses) -> Parts:
+        offset, down, up = (part[index].to(self.device, copy=True) for part in guesses.parts)
+        if index in self.projections:
+            weight = self.projections[index].weight.detach().float()  # [Q, E]
+            offset, up = weight @ offset.float(), weight @ up.float()  # [Q], [Q, R]
+        return offset.to(self.dtype), down.to(self.dtype), up.to(self.dtype)
 
     def accepts(self, shift: torch.Tensor | None, guesses: Guesses | None) -> bool:
         """Whether set() can take these: for the same layers, and of the same rank."""
-        ranks = [None if one is None else one.rank for one in (guesses, self.guesses)]
         alike = (shifted_layers(shift), guessed_layers(guesses)) == (self.shifted, self.guessed)
-        return alike and (not self.guessed or ranks[0] == ranks[1])
+        ranks = {len(down) for _, down, _ in self.parts.values()}
+        return alike and (guesses is None or ranks <= {guesses.rank})
 
     def set(self, shift: torch.Tensor | None, guesses: Guesses | None) -> None:
         """Other values of what is corrected; accepts() says which."""
         if self.shifted and shift is not None and self.shift is not None:
             self.shift.copy_(shift)
-        if self.guessed and guesses is not None and self.guesses is not None:
-            for mine, theirs in zip(self.guesses.parts, guesses.parts, strict=True):
-                mine.copy_(theirs)
+        if guesses is not None:
+            for index, parts in self.parts.items():
+                for mine, theirs in zip(parts, self._made(index, guesses), strict=True):
+                    mine.copy_(theirs)
 
     def shift_input(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """The input [B, T, E] that layer `index` is predicted from."""
@@ -88,21 +111,26 @@ class InputCorrection:
         return hidden + self.shift[index].to(hidden.dtype)
 
     def guess(self, index: int, normed: torch.Tensor) -> torch.Tensor:
-        """The same, normalised, with the guess of what its predecessor changes there."""
-        if self.guesses is None or index not in self.guessed:
+        """The same, normalised, with the guess of what its predecessor changes, unless project() adds it."""
+        if index not in self.parts or index in self.projections:
             return normed
-        offset, down, up = (part[index] for part in self.guesses.parts)
-        return with_guess(normed.to(down.dtype), offset, down, up).to(normed.dtype)
+        offset, down, up = self.parts[index]
+        (low,) = products(normed.to(down.dtype), [down], [None])  # [B, T, R]
+        return add_guess(low, offset, up, normed.to(down.dtype)).to(normed.dtype)
+
+    def project(self, index: int, normed: torch.Tensor) -> torch.Tensor:
+        """Layer `index`, one of projections: its projection [B, T, Q] of normed [B, T, E] with the guess."""
+        offset, down, up = self.parts[index]
+        linear = self.projections[index]
+        plain, low = products(normed, [linear.weight, down], [linear.bias, None])
+        return add_guess(low, offset, up, plain)
 
 
-def with_guess(
-    normed: torch.Tensor, offset: torch.Tensor, down: torch.Tensor, up: torch.Tensor
-) -> torch.Tensor:
-    """normed [B, T, E] + offset [E] + up [E, R] (down [R, E] normed): two launches in a decode step."""
-    (low,) = products(normed, [down], [None])  # [B, T, R]
-    usual = tiles(normed.numel() // normed.shape[-1])
+def add_guess(low: torch.Tensor, offset: torch.Tensor, up: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
+    """plain [B, T, N] + offset [N] + up [N, R] low [B, T, R]."""
+    usual = tiles(low.numel() // low.shape[-1])
     tile = usual[0]._replace(rows=max(usual[0].rows, UP_ROWS)) if usual else None
-    return products(low, [up], [offset], normed, tile)[0]
+    return products(low, [up], [offset], plain, tile)[0]
 
 
 def shifted_layers(shift: torch.Tensor | None) -> frozenset[int]:

@@ -274,7 +274,8 @@ def workspace_bytes(shape: ModelShape, layout: KVLayout, config: RuntimeConfig) 
     logits = 3 * layout.batch * shape.vocab * 4  # float32: logits, processed scores, probabilities
     sticky = 0 if config.entering(layout.budget) is None else layout.sticky_bytes
     predicts = config.prefetch != "off"
-    guesses = guess_bytes(shape.layers, shape.hidden, shape.dtype.itemsize) if predicts else 0
+    widths = (shape.hidden, shape.query_heads * shape.head_dim)
+    guesses = guess_bytes(shape.layers, *widths, shape.dtype.itemsize) if predicts else 0
     return layout.workspace_bytes + sticky + logits + guesses
 
 

@@ -94,6 +94,12 @@ def plain_linears(module: Any, names: Iterable[str]) -> list[nn.Linear]:
     return parts if len(kinds) == 1 else []  # type: ignore[return-value]
 
 
+def query_projections(attentions: Sequence[Any]) -> dict[int, nn.Linear]:
+    """The plain query projections by layer, where attention modules have one of its own."""
+    found = {index: plain_linears(attention, QKV[:1]) for index, attention in enumerate(attentions)}
+    return {index: linears[0] for index, linears in found.items() if linears}
+
+
 def joint_products(linears: Sequence[nn.Linear], x: torch.Tensor, tile: Tile | None) -> list[torch.Tensor]:
     """The layers' products with x in one launch; without a tile torch's own, one by one."""
     if tile is None:

@@ -22,6 +22,7 @@ from .layouts import make_layout
 from .prefetch.scheduler import Prefetcher
 from .prefill import KEEP_SLOTS_TOKENS, PrefillRun, Progress
 from .prefill_backend import PrefillBackend
+from .products import query_projections
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,9 @@ class Session:
         active = torch.ones(batch, dtype=torch.int32, device=device)
         self.state = BatchState(integers(batch), integers(batch), integers(1), active)
         self.memory = memory or RowMemory(device)
-        self.correction = InputCorrection(calibration.input_shift, calibration.guesses, adapter.dtype, device)
+        corrections = (calibration.input_shift, calibration.guesses)
+        projections = query_projections(adapter.attentions)
+        self.correction = InputCorrection(*corrections, adapter.dtype, device, projections)
         self.caches = [self._make_cache(window) for window in biting(adapter.windows, capacity)]
         self.offloaded = {i: cache for i, cache in enumerate(self.caches) if isinstance(cache, LayerCache)}
         self.prefetcher = Prefetcher(

@@ -46,6 +46,17 @@ def some_guesses(layers: int, width: int, rank: int = 4) -> Guesses:
     return Guesses(offset, down, up)
 
 
+class Doubled(torch.nn.Module):
+    """A projection that is no plain linear layer."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.linear, self.out_features = linear, linear.out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.linear(x)
+
+
 def test_a_guess_is_the_best_of_its_rank():
     """What is missing is affine of rank 3 here: rank 3 finds it all, a smaller one less."""
     torch.manual_seed(0)
@@ -193,6 +204,29 @@ def test_a_guess_of_a_few_tokens_and_of_many(device, tokens):
     torch.testing.assert_close(correction.guess(2, rows.to(device)).cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_guess_goes_through_its_layers_projection(device, tokens, bias):
+    """Carried through the projection, it gives the query that the projection makes of the guess."""
+    guesses, linear = some_guesses(3, 96, rank=24), torch.nn.Linear(96, 160, bias=bias)
+    plain = InputCorrection(None, guesses, torch.float32, CPU)
+    rows = torch.randn(tokens, 1, 96)
+    expected = linear(plain.guess(2, rows))
+    linear = linear.to(device)
+    carried = InputCorrection(None, guesses, torch.float32, torch.device(device), {0: linear, 2: linear})
+    rows = rows.to(device)
+    assert set(carried.projections) == {2}  # layer 0 has no guess
+    assert torch.equal(carried.guess(2, rows), rows)
+    assert not torch.equal(carried.guess(1, rows), rows)
+    torch.testing.assert_close(carried.project(2, rows).cpu(), expected, rtol=1e-4, atol=1e-4)
+    other = some_guesses(3, 96, rank=24)
+    other.up.mul_(2)
+    carried.set(None, other)
+    plain.set(None, other)
+    expected = linear(plain.guess(2, rows.cpu()).to(device))
+    torch.testing.assert_close(carried.project(2, rows), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_correction_takes_other_values_for_the_same_layers_only():
     guesses = some_guesses(3, 8)
     correction = InputCorrection(None, guesses, torch.float32, CPU)
@@ -211,8 +245,13 @@ def test_a_correction_takes_other_values_for_the_same_layers_only():
 
 
 @pytest.mark.parametrize("mode", ["correct", "predict"])
-def test_predictions_start_from_the_guess(mode, monkeypatch):
+@pytest.mark.parametrize("plain_projection", [True, False])
+def test_predictions_start_from_the_guess(mode, plain_projection, monkeypatch):
+    """Through the query's projection, or before it where another module than a linear layer makes queries."""
     model, ids = random_llama(), random_ids(120)
+    if not plain_projection:
+        for layer in model.model.layers:
+            layer.self_attn.q_proj = Doubled(layer.self_attn.q_proj)
     guesses = some_guesses(3, model.config.hidden_size)
     runtime = offloaded(model, budget=24, prefetch=mode)
     runtime.calibration = replace(identity_calibration(model), guesses=guesses)
@@ -220,16 +259,19 @@ def test_predictions_start_from_the_guess(mode, monkeypatch):
     given: dict[int, torch.Tensor] = {}
     inputs: dict[int, torch.Tensor] = {}
     norms = [layer.input_layernorm for layer in model.model.layers]
-    plain = InputCorrection.guess
+    name = "project" if plain_projection else "guess"
+    corrected = getattr(InputCorrection, name)
 
     def watched(self, index, normed):
         given[index] = normed
-        out = plain(self, index, normed)
+        out = corrected(self, index, normed)
         expected = guessed((guesses.offset[index], guesses.down[index], guesses.up[index]), normed)
+        if plain_projection:
+            expected = torch.nn.functional.linear(expected, model.model.layers[index].self_attn.q_proj.weight)
         torch.testing.assert_close(out, expected)
         return out
 
-    monkeypatch.setattr(InputCorrection, "guess", watched)
+    monkeypatch.setattr(InputCorrection, name, watched)
     hooks = [
         layer.register_forward_pre_hook(lambda _, arguments, i=index: inputs.__setitem__(i, arguments[0]))
         for index, layer in enumerate(model.model.layers)
