@@ -23,7 +23,7 @@ __device__ void count_lower_members(unsigned rank, Shared& shared) {
     if (lane == 0) shared.lower_members = lower;
 }
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, RESIDENT)
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, RESIDENT_THREADS / THREADS)
     admit_cluster(
         const float* query_labels, const float* offsets, const unsigned char* codes, const unsigned* scales,
         const int* budgets, const int* lengths, unsigned char* history, int* entering, int* entering_counts,
@@ -36,13 +36,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     Shared& shared = both.topk;
     unsigned rank = cta_rank();
     int sequence = blockIdx.z, row = sequence * kv_heads + (int)blockIdx.y;
-    int end = max(lengths[sequence] - recent, sinks), span = end - sinks, k = min(budgets[row], span);
+    int end = max(lengths[sequence] - recent, sinks), span = end - sinks;
     int share = (span + CLUSTER * 32 - 1) / (CLUSTER * 32) * 32;
     int first = sinks + rank * share, n = max(min(share, end - first), 0);
     unsigned *keys = dynamic, *chosen = keys + share, *member_bits = chosen + share / 32;
     history += (long long)row * pitch + rank * share;
-    entering += (long long)row * k_max;
-    candidates += (long long)row * listed_max, candidate_scores += (long long)row * listed_max;
 
     clear_counts(shared);
     count_ages(history, n, shared);
@@ -50,7 +48,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     long long place = (long long)row * capacity + first;
     score_tokens(codes + place * ROW_BYTES, scales + place, query_labels + row * GROUP * CHANNELS,
                  offsets + row * GROUP, n, keys, shared);
-    cluster_wait();  // every CTA's totals are zero, and the ages counted
+    int k = min(budgets[row], span);  // not before: the scores need every register
+    cluster_wait();  // every CTA has counted its ages
     if (threadIdx.x < 32) find_remembered(shared, 2 * k - new_rows);
     __syncthreads();
     Part part = {keys, n, (int)rank * share};
@@ -61,6 +60,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     int admitted = max(min(min(max(new_rows, k - members), k), span - members), 0);
     int from = choose_best(part, admitted, rank, chosen, shared, others);
     if (threadIdx.x < 32) count_lower_members(rank, shared);
+    entering += (long long)row * k_max;
+    candidates += (long long)row * listed_max, candidate_scores += (long long)row * listed_max;
     int to = for_each_marked(chosen, n, from, shared, [&](int at, int i) { entering[at] = first + i; });
     for (int i = threadIdx.x; i < (n + 31) / 32; i += THREADS) member_bits[i] |= chosen[i];
     for_each_marked(member_bits, n, from + shared.lower_members, shared, [&](int at, int i) {

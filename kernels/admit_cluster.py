@@ -9,7 +9,15 @@ from collections.abc import Sequence
 import torch
 
 from .admission import Candidates
-from .cluster_launch import ADMITTING_SOURCES, CHOOSING_SOURCES, compiled, label_defines, launch
+from .cluster_launch import (
+    ADMITTING_SOURCES,
+    CHOOSING_SOURCES,
+    THREADS,
+    Cluster,
+    compiled,
+    label_defines,
+    launch,
+)
 from .select_cluster import cluster_sizes, dynamic_bytes
 
 # CTAs that choose for one KV head, by phase. A prediction's choice has the time of a gather, so four leave
@@ -47,8 +55,8 @@ def admit_in_clusters(
     """
     batch, kv_heads, capacity = codes.shape[:3]
     channels, group = query_labels.shape[2], query_labels.shape[1] // kv_heads
-    sizes = cluster_sizes(batch * kv_heads, capacity, 2, entering.device)
     defines = label_defines(channels, bits, group)
+    sizes = cluster_sizes(batch * kv_heads, capacity, 2, dict(defines)["RESIDENT_THREADS"], entering.device)
     kernel = compiled("admit_cluster", ADMITTING_SOURCES, defines, sizes, entering.device.index)
     labels = (query_labels, offsets, codes, scales)
     lists = (entering, entering_counts, *candidates)
@@ -78,7 +86,7 @@ def choose_in_clusters(
     listed = candidates.tokens.shape[-1]
     # The candidates of a large budget may need the shared memory of more.
     ctas = dict.fromkeys((CHOOSING_CTAS[phase], max(CHOOSING_CTAS)))
-    sizes = tuple((count, dynamic_bytes(listed, count, 1)) for count in ctas)
+    sizes = tuple(Cluster(count, THREADS, dynamic_bytes(listed, count, 1)) for count in ctas)
     kernel = compiled("choose_cluster", CHOOSING_SOURCES, (), sizes, tokens.device.index)
     tensors = (*candidates, budgets, history, tokens, counts, slot_of_token, stamps, step, counters)
     numbers = (kv_heads, listed, history.shape[-1], sinks, int(attended), k_max)

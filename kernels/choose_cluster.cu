@@ -75,9 +75,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     int now = *step;
 
     clear_counts(shared);
-    cluster_publish();
     load_keys(candidate_scores + first, n, keys, shared);
-    cluster_wait();  // every CTA's totals are zero
     Part part = {keys, n, first};
     int lower = choose_best(part, k, rank, chosen, shared, [](int) { return ALL; });
     cluster_arrive_relaxed();  // this thread reads no other CTA's memory below

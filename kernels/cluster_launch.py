@@ -7,16 +7,16 @@ each set of settings: call a kernel once before a CUDA graph captures it.
 import ctypes
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from .cuda_source import compile_source, shared_limit
 
-THREADS = 512  # a CTA; two such CTAs share an SM where 64 registers a thread are enough
+THREADS = 512  # a CTA, of kernels that do not score
 NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14  # CUfunction_attribute of cuda.h
-STATIC_BYTES = 16 * 1024  # struct Shared of cluster_topk.cuh, at most (clusters of 8: 15,504 bytes by ptxas)
+STATIC_BYTES = 18 * 1024  # static shared memory of the kernels that score, at most (admit: 18,352 by ptxas)
 LIST_SOURCES = ("cluster.cuh", "order_key.cuh", "resolve_list.cuh")
 CHOOSING_SOURCES = ("cluster.cuh", "order_key.cuh", "cluster_topk.cuh", "resolve_list.cuh")
 SCORING_SOURCES = ("cluster.cuh", "order_key.cuh", "label_mma.cuh", "cluster_topk.cuh", "score_tokens.cuh")
@@ -35,8 +35,16 @@ def label_defines(channels: int, bits: int, group: int) -> tuple[tuple[str, int]
         ("GROUP", group),
         ("STEPS", 2 if words == 1 else 1),
         ("PREFETCH", int(narrow)),
-        ("RESIDENT", 2 if narrow and group <= 4 else 1),
+        ("RESIDENT_THREADS", 1024 if narrow and group <= 4 else 512),
     )
+
+
+class Cluster(NamedTuple):
+    """CTAs of a cluster, threads and dynamic shared memory of each."""
+
+    ctas: int
+    threads: int
+    shared_bytes: int
 
 
 @functools.cache
@@ -44,30 +52,28 @@ def compiled(
     name: str,
     sources: tuple[str, ...],
     defines: tuple[tuple[str, int], ...],
-    sizes: tuple[tuple[int, int], ...],
+    sizes: tuple[Cluster, ...],
     device_index: int,
-) -> tuple[Any, int, int]:
-    """(kernel `name`, CTAs a cluster, dynamic bytes a CTA), of the first of `sizes` that can be placed."""
+) -> tuple[Any, Cluster]:
+    """Kernel `name` for the first of `sizes` that can be placed, and that."""
     import cupy
 
     limit = shared_limit(torch.device("cuda", device_index))
     with cupy.cuda.Device(device_index):
-        for cluster, size in sizes:
-            settings = {**dict(defines), "THREADS": THREADS, "CLUSTER": cluster}
+        for size in sizes:
+            settings = {**dict(defines), "THREADS": size.threads, "CLUSTER": size.ctas}
             kernel = compile_source((*sources, f"{name}.cu"), name, settings)
             # CuPy gives every capacity the same function, so the limit must hold for all of them.
             kernel.max_dynamic_shared_size_bytes = limit - kernel.shared_size_bytes
-            if cluster > 8:
+            if size.ctas > 8:
                 cupy.cuda.driver.funcSetAttribute(kernel.kernel.ptr, NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
-            if active_clusters(kernel.kernel.ptr, cluster, size) > 0:
-                return kernel, cluster, size
-    raise RuntimeError(
-        f"device {device_index} can place no thread block cluster of {sizes} (CTAs, bytes) for {name}"
-    )
+            if active_clusters(kernel.kernel.ptr, size) > 0:
+                return kernel, size
+    raise RuntimeError(f"device {device_index} can place no thread block cluster of {sizes} for {name}")
 
 
 def launch(
-    kernel: tuple[Any, int, int], rows: Sequence[int], tensors: Sequence[torch.Tensor], numbers: Sequence[int]
+    kernel: tuple[Any, Cluster], rows: Sequence[int], tensors: Sequence[torch.Tensor], numbers: Sequence[int]
 ) -> None:
     """Launch what compiled() gave, a cluster for each (sequence, KV head); rows: (batch, KV heads).
 
@@ -75,16 +81,16 @@ def launch(
     """
     import cupy
 
-    function, cluster, shared_bytes = kernel
+    function, cluster = kernel
     device = tensors[0].device
     assert all(tensor.is_contiguous() for tensor in tensors)
     stream = torch.cuda.current_stream(device).cuda_stream
     with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream):
         function(
-            (cluster, rows[1], rows[0]),
-            (THREADS,),
+            (cluster.ctas, rows[1], rows[0]),
+            (cluster.threads,),
             (*(tensor.data_ptr() for tensor in tensors), *(np.int32(number) for number in numbers)),
-            shared_mem=shared_bytes,
+            shared_mem=cluster.shared_bytes,
         )
 
 
@@ -101,9 +107,9 @@ class LaunchConfig(ctypes.Structure):
     )
 
 
-def active_clusters(function: int, cluster: int, shared_bytes: int) -> int:
+def active_clusters(function: int, cluster: Cluster) -> int:
     """How many clusters of a kernel the current device can run at once; 0 if it can place none."""
-    config = LaunchConfig((cluster, 1, 1), (THREADS, 1, 1), shared_bytes)
+    config = LaunchConfig((cluster.ctas, 1, 1), (cluster.threads, 1, 1), cluster.shared_bytes)
     count = ctypes.c_int(0)
     status = ctypes.CDLL("libcuda.so.1").cuOccupancyMaxActiveClusters(
         ctypes.byref(count), ctypes.c_void_p(function), ctypes.byref(config)

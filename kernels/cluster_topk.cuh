@@ -2,33 +2,33 @@
 //
 // Tokens are ordered by (key descending, token ascending), as one 64-bit number that no two share. The CTAs
 // add their histograms up, which leaves a range of that order with the cut in it and at most LIST tokens
-// in the range. All CTAs read all of those and rank them; what lies above the range is chosen as it is.
-// The first histogram has bins of a fixed width in score, so that it can be counted as scores appear;
+// in the range. Every CTA reads all of those and ranks its own among them; what lies above the range is chosen
+// as it is. The first histogram has bins of a fixed width in score, so that it can be counted as scores appear;
 // each further one (scores that hardly differ) splits the range that the last one left.
 //
 // Compile-time: CLUSTER and THREADS, as in select_cluster.cu. cluster.cuh and order_key.cuh go before this text.
 
 constexpr int WARPS = THREADS / 32;
 constexpr int BIN_BITS = 11, BINS = 1 << BIN_BITS;  // 12 take 3 us longer, and 7 in a sticky selection (H100)
-constexpr int SLICE = BINS / CLUSTER;  // the bins that a CTA adds up for the cluster
+constexpr int SLICES = 32, SLICE = BINS / SLICES;  // of the histogram: summed first, and one read bin by bin
 constexpr int AGES = 8;                // steps that a token's byte of history remembers
-constexpr int LIST = 256;              // ranking n tokens takes n^2 comparisons: 65,536 are 1 us of one SM
-// Scores are log 2 of a weight over the recent tokens': bins of 1/32 from 2^-56 of it (nothing) to 2^8.
-constexpr float BINS_A_UNIT = BINS / 64.f, LOWEST = -56.f;
+// A bin of 262,144 random tokens has up to a thousand: a second histogram and pass over the keys would be 10 us.
+constexpr int LIST = 1024;
+// Scores are log 2 of a weight over the recent tokens': bins of 1/64 from 2^-28 of it (nothing) to 2^4. A cut
+// beyond them takes a second histogram.
+constexpr float BINS_A_UNIT = BINS / 32.f, LOWEST = -28.f;
 
 struct Shared {
-    unsigned histogram[BINS];             // zero outside of counting
-    unsigned slice_total[3][SLICE];       // this CTA's slice of the bins, summed over the cluster; round % 3
-    unsigned slice_sum[3];
+    alignas(8) unsigned histogram[BINS];  // of this CTA's tokens, read by the other CTAs; then the cluster's list
+    int slice_count[SLICES];              // and how many are in each slice of the bins
+    int total[SLICES], bin_total[SLICE];  // the cluster's of each slice, and of each bin of the slice with the cut
     unsigned long long list[LIST];        // of this CTA's tokens, those in the range; read by the other CTAs
-    unsigned long long cluster_list[LIST];
-    int listed, higher;                   // this CTA's tokens in and above the range; read by the other CTAs
+    int listed, chosen;                   // how many those are, and this CTA's chosen ones; read by the others
+    int lower_chosen;                     // the chosen ones of lower CTAs
     int ages[AGES];                       // of sticky selection: this CTA's tokens selected 1, 2, ... steps ago
     int members, lower_members, all_members;  // and the members among this CTA's, lower CTAs' and all tokens
     unsigned remembered;                  // bits of the steps whose tokens are members
     int warp_marked[WARPS];
-    unsigned digit;                       // the bin with the cut, what is wanted of it, and its tokens
-    int wanted, inside;
 };
 
 // A part of the order, both ends included.
@@ -61,35 +61,30 @@ __device__ unsigned long long bin_start(unsigned bin) {
     return (unsigned long long)(key + (bin & 1)) << 32;  // an odd bin's edge rounds down to the even one
 }
 
-// Zero the counts. No CTA may write another's before a cluster barrier.
-__device__ void clear_counts(Shared& shared) {
+// Zero the counts of this CTA.
+__device__ void clear_histogram(Shared& shared) {
     for (int i = threadIdx.x; i < BINS; i += THREADS) shared.histogram[i] = 0;
-    for (int i = threadIdx.x; i < SLICE; i += THREADS) shared.slice_total[0][i] = 0;
-    if (threadIdx.x == 0) shared.slice_sum[0] = 0, shared.members = 0;
-    if (threadIdx.x < AGES) shared.ages[threadIdx.x] = 0;
-    __syncthreads();  // ages are counted before the cluster's barrier ends
+    if (threadIdx.x < SLICES) shared.total[threadIdx.x] = 0;
+    if (threadIdx.x < SLICE) shared.bin_total[threadIdx.x] = 0;
 }
 
-// Add this CTA's counts to the totals, each bin's with the CTA that owns its slice, and zero them.
-__device__ void push_histogram(Shared& shared, int round) {
-    constexpr int EACH = BINS / THREADS;
-    static_assert(SLICE % (32 * EACH) == 0, "a warp's bins lie in one slice");
-    int lane = threadIdx.x & 31, first = (threadIdx.x >> 5) * 32 * EACH, owner = first / SLICE;
-    unsigned* counts = &shared.histogram[first + lane];
-    unsigned* totals = &shared.slice_total[round % 3][first % SLICE + lane];
-    unsigned sum = 0;
+__device__ void clear_counts(Shared& shared) {
+    clear_histogram(shared);
+    if (threadIdx.x == 0) shared.listed = 0, shared.chosen = 0, shared.members = 0;
+    if (threadIdx.x < AGES) shared.ages[threadIdx.x] = 0;
+    __syncthreads();
+}
+
+// How many tokens are in each slice of this CTA's histogram.
+__device__ void count_slices(Shared& shared) {
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    for (int slice = warp; slice < SLICES; slice += WARPS) {
+        int count = 0;
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        unsigned count = counts[32 * i];
-        counts[32 * i] = 0;
-        if (count) remote_add(&totals[32 * i], owner, count);
-        sum += count;
+        for (int i = lane; i < SLICE; i += 32) count += shared.histogram[slice * SLICE + i];
+        count = __reduce_add_sync(ALL, count);
+        if (lane == 0) shared.slice_count[slice] = count;
     }
-    sum = __reduce_add_sync(ALL, sum);
-    if (sum && lane == 0) remote_add(&shared.slice_sum[round % 3], owner, sum);
-    // The next round's totals were last read two rounds ago, before the cluster's last barrier.
-    for (int i = threadIdx.x; i < SLICE; i += THREADS) shared.slice_total[(round + 1) % 3][i] = 0;
-    if (threadIdx.x == 0) shared.slice_sum[(round + 1) % 3] = 0;
 }
 
 // Among 32 counts (one a lane, ascending digits): the lane that holds the wanted-th from the top, and
@@ -106,26 +101,27 @@ __device__ int find_lane(int count, int lane, int& wanted) {
     return found;
 }
 
-// Warp 0: the bin of a round's cut, how many tokens are still wanted of it, and how many it has.
-__device__ void find_digit(Shared& shared, int round, int wanted, int lane) {
-    constexpr int LANE_BINS = SLICE / 32;
-    int slice = find_lane(lane < CLUSTER ? remote_load(&shared.slice_sum[round % 3], lane) : 0, lane, wanted);
-    int counts[LANE_BINS], count = 0;
-#pragma unroll
-    for (int i = 0; i < LANE_BINS; ++i) {
-        counts[i] = remote_load(&shared.slice_total[round % 3][lane * LANE_BINS + i], slice);
-        count += counts[i];
-    }
-    if (lane == find_lane(count, lane, wanted)) {
-        int bin = LANE_BINS - 1, inside = counts[LANE_BINS - 1];
-#pragma unroll
-        for (int i = LANE_BINS - 1; i > 0; --i) {
-            if (bin == i && wanted > counts[i]) wanted -= counts[i], bin = i - 1, inside = counts[i - 1];
-        }
-        shared.digit = slice * SLICE + lane * LANE_BINS + bin;
-        shared.wanted = wanted, shared.inside = inside;
-        shared.listed = 0, shared.higher = 0;
-    }
+// The bin with a histogram's cut, what is still wanted of it, and its tokens in all CTAs.
+struct Cut {
+    int bin, wanted, inside;
+};
+
+// Find the cut in the cluster's histogram, whose CTAs have published theirs. Every warp finds it.
+__device__ Cut find_cut(Shared& shared, int wanted) {
+    static_assert(WARPS % CLUSTER == 0, "as many warps read each CTA's counts");
+    static_assert(SLICE == 64, "a lane holds two bins of a slice");
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, cta = warp % CLUSTER;
+    if (warp < CLUSTER) atomicAdd(&shared.total[lane], (int)remote_load(&shared.slice_count[lane], cta));
+    __syncthreads();
+    int slice = find_lane(shared.total[lane], lane, wanted);
+    for (int i = warp / CLUSTER * 32 + lane; i < SLICE; i += WARPS / CLUSTER * 32)
+        atomicAdd(&shared.bin_total[i], (int)remote_load(&shared.histogram[slice * SLICE + i], cta));
+    __syncthreads();
+    int low = shared.bin_total[2 * lane], high = shared.bin_total[2 * lane + 1];
+    int found = find_lane(low + high, lane, wanted);
+    low = __shfl_sync(ALL, low, found), high = __shfl_sync(ALL, high, found);
+    bool upper = wanted <= high;
+    return {slice * SLICE + 2 * found + upper, upper ? wanted : wanted - high, upper ? high : low};
 }
 
 // A range of at most LIST tokens that has the wanted-th best in it; wanted becomes what is wanted of the
@@ -133,21 +129,24 @@ __device__ void find_digit(Shared& shared, int round, int wanted, int lane) {
 template <class Eligible>
 __device__ Range find_range(Part part, int& wanted, Shared& shared, Eligible eligible) {
     Range range = {};
-    for (int round = 0, shift = -1;; ++round) {
+    for (int shift = -1;;) {
         __syncthreads();
-        push_histogram(shared, round);
-        cluster_sync();
-        if (threadIdx.x < 32) find_digit(shared, round, wanted, threadIdx.x);
-        __syncthreads();
-        wanted = shared.wanted;
+        count_slices(shared);
+        cluster_publish();
+        cluster_wait();
+        Cut cut = find_cut(shared, wanted);
+        wanted = cut.wanted;
         if (shift < 0) {
-            range = {bin_start(shared.digit), bin_start(shared.digit + 1) - 1};
+            range = {bin_start(cut.bin), bin_start(cut.bin + 1) - 1};
         } else {
-            range.low += (unsigned long long)shared.digit << shift;
+            range.low += (unsigned long long)cut.bin << shift;
             range.high = min(range.high, range.low + ((1ull << shift) - 1));
         }
-        if (shared.inside <= LIST) return range;
+        if (cut.inside <= LIST) return range;
         shift = max(64 - BIN_BITS - __clzll((long long)(range.high - range.low)), 0);
+        cluster_sync();  // every CTA has read this one's counts
+        clear_histogram(shared);
+        __syncthreads();
         for (int i = threadIdx.x; i < part.n; i += THREADS) {
             unsigned long long order = order_of(part, i);
             if (order >= range.low && order <= range.high && (eligible(i >> 5) >> (i & 31) & 1))
@@ -160,58 +159,75 @@ __device__ Range find_range(Part part, int& wanted, Shared& shared, Eligible eli
 template <class Eligible>
 __device__ void collect(Part part, Range range, unsigned* chosen, Shared& shared, Eligible eligible) {
     int lane = threadIdx.x & 31, words = (part.n + 31) / 32, higher = 0;
+    unsigned low = range.low >> 32, high = range.high >> 32;  // keys; which of these two's tokens: below
     for (int first = threadIdx.x - lane; first < words; first += THREADS) {  // 32 words a warp, one a lane
         unsigned above = 0, inside = 0;
-#pragma unroll 2
+#pragma unroll 4
         for (int j = 0; j < min(32, words - first); ++j) {
-            unsigned long long order = order_of(part, (first + j) * 32 + lane);
-            unsigned all_above = __ballot_sync(ALL, order > range.high);
-            unsigned all_from_low = __ballot_sync(ALL, order >= range.low);
+            unsigned key = part.keys[(first + j) * 32 + lane];
+            unsigned all_above = __ballot_sync(ALL, key > high), all_from_low = __ballot_sync(ALL, key >= low);
             if (lane == j) above = all_above, inside = all_from_low & ~all_above;
         }
         int word = first + lane, left = part.n - word * 32;
         if (left <= 0) continue;
         unsigned counts = left < 32 ? eligible(word) & ((1u << left) - 1) : eligible(word);
-        chosen[word] = above & counts;
-        higher += __popc(above & counts);
-        for (inside &= counts; inside; inside &= inside - 1)
-            shared.list[atomicAdd(&shared.listed, 1)] = order_of(part, word * 32 + __ffs(inside) - 1);
+        above &= counts;
+        for (inside &= counts; inside; inside &= inside - 1) {
+            unsigned long long order = order_of(part, word * 32 + __ffs(inside) - 1);
+            if (order > range.high) above |= inside & -inside;
+            else if (order >= range.low) shared.list[atomicAdd(&shared.listed, 1)] = order;
+        }
+        chosen[word] = above;
+        higher += __popc(above);
     }
     higher = __reduce_add_sync(ALL, higher);
-    if (lane == 0 && higher) atomicAdd(&shared.higher, higher);
+    if (lane == 0 && higher) atomicAdd(&shared.chosen, higher);
 }
 
-// Complete chosen [n / 32] with the `wanted` best of the listed tokens; returns how many tokens are chosen
-// in lower CTAs. Reads other CTAs' memory up to its first __syncthreads.
-__device__ int choose_listed(Part part, int wanted, unsigned rank, unsigned* chosen, Shared& shared) {
-    static_assert(WARPS >= CLUSTER, "a warp copies a CTA's list");
-    static_assert(THREADS >= 2 * LIST, "two threads rank a token");
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    cluster_publish();
-    cluster_wait();
-    int count = lane < CLUSTER ? (int)remote_load(&shared.listed, lane) : 0;
-    int higher = lane < (int)rank ? (int)remote_load(&shared.higher, lane) : 0;
-    int upto = count;
+// All CTAs' listed tokens, in any order, to list [LIST]; returns how many they are. Complete at the next
+// __syncthreads.
+__device__ int copy_lists(unsigned long long* list, Shared& shared) {
+    static_assert(WARPS % CLUSTER == 0, "as many warps copy each CTA's list");
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, cta = warp % CLUSTER;
+    int count = lane < CLUSTER ? (int)remote_load(&shared.listed, lane) : 0, upto = count;
     for (int i = 1; i < CLUSTER; i <<= 1) {
         int lower = __shfl_up_sync(ALL, upto, i);
         if (lane >= i) upto += lower;
     }
-    int total = __shfl_sync(ALL, upto, CLUSTER - 1);
-    int mine_end = __shfl_sync(ALL, upto, rank), mine = mine_end - __shfl_sync(ALL, count, rank);
-    int cta = warp % CLUSTER, end = __shfl_sync(ALL, upto, cta), start = end - __shfl_sync(ALL, count, cta);
-    for (int i = lane; warp < CLUSTER && start + i < end; i += 32)
-        shared.cluster_list[start + i] = remote_load_u64(&shared.list[i], cta);
+    int n = __shfl_sync(ALL, count, cta), start = __shfl_sync(ALL, upto, cta) - n;
+    for (int i = warp / CLUSTER * 32 + lane; i < n; i += WARPS / CLUSTER * 32)
+        list[start + i] = remote_load_u64(&shared.list[i], cta);
+    return __shfl_sync(ALL, upto, CLUSTER - 1);
+}
+
+// Complete chosen [n / 32] with this CTA's of the `wanted` best of the listed tokens; returns how many tokens are
+// chosen in lower CTAs. What it reads of other CTAs has arrived.
+__device__ int choose_listed(Part part, int wanted, unsigned rank, unsigned* chosen, Shared& shared) {
+    static_assert(sizeof(shared.histogram) >= sizeof(shared.list), "the histogram's place is the cluster's list");
+    unsigned long long* list = (unsigned long long*)shared.histogram;
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, taken = 0;
+    cluster_publish();
+    cluster_wait();
+    int total = copy_lists(list, shared);
     __syncthreads();
-    int candidate = threadIdx.x >> 1, half = threadIdx.x & 1, above = 0;
-    unsigned long long order = candidate < total ? shared.cluster_list[candidate] : 0;
-    for (int i = half; candidate < total && i < total; i += 2) above += shared.cluster_list[i] > order;
-    above += __shfl_xor_sync(ALL, above, 1);
-    bool taken = half == 0 && candidate < total && above < wanted;
-    if (taken && candidate >= mine && candidate < mine_end) {
+    for (int mine = warp; mine < shared.listed; mine += WARPS) {
+        unsigned long long order = shared.list[mine];
+        int above = 0;
+        for (int i = lane; i < total; i += 32) above += list[i] > order;
+        if (__reduce_add_sync(ALL, above) >= wanted) continue;
         unsigned i = ~(unsigned)order - part.position;
-        atomicOr(&chosen[i >> 5], 1u << (i & 31));
+        if (lane == 0) atomicOr(&chosen[i >> 5], 1u << (i & 31));
+        ++taken;
     }
-    return __reduce_add_sync(ALL, higher) + __syncthreads_count(taken && candidate < mine);
+    if (lane == 0 && taken) atomicAdd(&shared.chosen, taken);
+    cluster_publish();
+    cluster_wait();
+    if (warp == 0) {
+        int lower = __reduce_add_sync(ALL, lane < (int)rank ? (int)remote_load(&shared.chosen, lane) : 0);
+        if (lane == 0) shared.lower_chosen = lower;
+    }
+    __syncthreads();
+    return shared.lower_chosen;
 }
 
 // Mark those of this CTA's tokens that are among the cluster's `wanted` best of the eligible in chosen [n / 32];

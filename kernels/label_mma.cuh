@@ -161,7 +161,7 @@ __device__ float score_step(const unsigned (*words)[WORDS], unsigned scale_offse
         scale *= from_half((unsigned short)scale_offset);
         offset = from_half((unsigned short)(scale_offset >> 16));
     }
-    float x[HEAD_TILES][4], most = -3e38f;
+    float x[HEAD_TILES][4], most;
 #pragma unroll
     for (int tile = 0; tile < HEAD_TILES; ++tile) {
         float dots[2][4] = {};
@@ -182,16 +182,16 @@ __device__ float score_step(const unsigned (*words)[WORDS], unsigned scale_offse
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             row[i] = scale * row[i] + (offset * query.label_sum[tile][i] + query.minus_offset[tile][i]);
-            most = fmaxf(most, row[i]);
+            most = tile + i ? fmaxf(most, row[i]) : row[i];
         }
     }
-    float sum = 0.f;
+    float sum;
 #pragma unroll
     for (int tile = 0; tile < HEAD_TILES; ++tile) {  // pairs, so that the sum is the same in every quad lane
         const float* row = x[tile];
         float near = exp2_fast(row[0] - most) + exp2_fast(row[1] - most);
         float far = exp2_fast(row[2] - most) + exp2_fast(row[3] - most);
-        sum += near + far;
+        sum = tile ? sum + (near + far) : near + far;
     }
     return most + log2_fast(sum);
 }
@@ -201,30 +201,38 @@ struct Batch {
     unsigned words[STEPS][4][WORDS], pair[STEPS];
 };
 
-// Full batches are loaded at fixed offsets from one address. In the last one, tokens past the CTA's last
-// repeat it, so that nothing beyond the written labels is read.
-__device__ void load_batch(
-    const unsigned char* codes, const unsigned* scales, int base, int n, int lane, Batch& batch) {
+// Where a lane's part of a batch lies: of the first 8 tokens' codes, and the pair of its own token.
+struct Source {
+    const unsigned char* codes;
+    const unsigned* scales;
+};
+
+__device__ Source source_at(const unsigned char* codes, const unsigned* scales, int token, int lane) {
     int row = lane >> 2, mine = 8 * (lane & 3) + row;
-    codes += (lane & 3) * LANE_BYTES;
-    if (base + 32 * STEPS <= n) {
-        codes += (long long)(base + row) * ROW_BYTES;
-        scales += base + mine;
+    return {codes + (long long)(token + row) * ROW_BYTES + (lane & 3) * LANE_BYTES, scales + token + mine};
+}
+
+// A batch of tokens that are all there: at fixed offsets from one address.
+__device__ void load_batch(Source source, Batch& batch) {
 #pragma unroll
-        for (int step = 0; step < STEPS; ++step) {
+    for (int step = 0; step < STEPS; ++step) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) load_codes(codes + (32 * step + 8 * j) * ROW_BYTES, batch.words[step][j]);
-            batch.pair[step] = BITS == 16 ? 0 : __ldg(scales + 32 * step);
+        for (int j = 0; j < 4; ++j) load_codes(source.codes + (32 * step + 8 * j) * ROW_BYTES, batch.words[step][j]);
+        batch.pair[step] = BITS == 16 ? 0 : __ldg(source.scales + 32 * step);
+    }
+}
+
+// The last batch, of `left` tokens: what is past them repeats the last one, so that nothing beyond the written labels
+// is read.
+__device__ void load_last_batch(Source source, int left, int lane, Batch& batch) {
+    int row = lane >> 2, mine = 8 * (lane & 3) + row;
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            int token = min(32 * step + 8 * j + row, left - 1);
+            load_codes(source.codes + (long long)(token - row) * ROW_BYTES, batch.words[step][j]);
         }
-    } else if (base < n) {
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                long long token = min(base + 32 * step + 8 * j + row, n - 1);
-                load_codes(codes + token * ROW_BYTES, batch.words[step][j]);
-            }
-            batch.pair[step] = BITS == 16 ? 0 : __ldg(scales + min(base + 32 * step + mine, n - 1));
-        }
+        batch.pair[step] = BITS == 16 ? 0 : __ldg(source.scales + min(32 * step + mine, left - 1) - mine);
     }
 }

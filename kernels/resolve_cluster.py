@@ -7,7 +7,7 @@ RawModule: call it once before a CUDA graph captures it.
 
 import torch
 
-from .cluster_launch import LIST_SOURCES, compiled, launch
+from .cluster_launch import LIST_SOURCES, THREADS, Cluster, compiled, launch
 
 CLUSTER = 8  # CTAs; the most that every GPU with clusters can place
 
@@ -37,5 +37,6 @@ def resolve_in_clusters(
     )  # fmt: skip
     sizes = (slot_of_token.shape[-1], token_in_slot.shape[-1])
     numbers = (kv_heads, k_max, *sizes, phase, int(attended), kept_steps, part)
-    kernel = compiled("resolve_cluster", LIST_SOURCES, (), ((CLUSTER, 0),), tokens.device.index)
+    size = Cluster(CLUSTER, THREADS, 0)
+    kernel = compiled("resolve_cluster", LIST_SOURCES, (), (size,), tokens.device.index)
     launch(kernel, (batch, kv_heads), tensors, numbers)

@@ -10,11 +10,11 @@
 //
 // Compile-time: CHANNELS (16, 32, 64, 128), BITS (4, 8, 16), GROUP (query heads a KV head), THREADS,
 // CLUSTER (8 or 16), STEPS (32-token steps a warp loads at once), PREFETCH (1: load the
-// next STEPS while scoring these), RESIDENT (CTAs an SM must be able to hold, which bounds the registers).
+// next STEPS while scoring these), RESIDENT_THREADS (that an SM must be able to hold, which bounds registers).
 // cluster.cuh, order_key.cuh, label_mma.cuh, cluster_topk.cuh and score_tokens.cuh go before this text. No
 // includes: nvrtc needs no header path.
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, RESIDENT)
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, RESIDENT_THREADS / THREADS)
     select_cluster(
         const float* query_labels, const float* offsets, const unsigned char* codes, const unsigned* scales,
         const int* budgets, const int* lengths, int* tokens, int* counts, int kv_heads, int capacity, int sinks,
@@ -30,11 +30,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         int first = sinks + rank * share, n = max(min(share, end - first), 0);
         unsigned *keys = dynamic, *chosen = keys + share;
         clear_counts(shared);
-        cluster_publish();
         long long place = (long long)row * capacity + first;
         score_tokens(codes + place * ROW_BYTES, scales + place, query_labels + row * GROUP * CHANNELS,
                      offsets + row * GROUP, n, keys, shared);
-        cluster_wait();  // every CTA's totals are zero
         Part part = {keys, n, (int)rank * share};
         int lower = choose_best(part, k, rank, chosen, shared, [](int) { return ALL; });
         cluster_arrive_relaxed();  // this thread reads no other CTA's memory below

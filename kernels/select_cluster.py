@@ -6,7 +6,7 @@ selection is admit_cluster.py.
 
 import torch
 
-from .cluster_launch import SCORING_SOURCES, STATIC_BYTES, compiled, label_defines, launch
+from .cluster_launch import SCORING_SOURCES, STATIC_BYTES, Cluster, compiled, label_defines, launch
 from .cuda_source import runs_hopper_source, shared_limit
 
 
@@ -25,15 +25,25 @@ def dynamic_bytes(tokens: int, cluster: int, bits: int) -> int:
     return share * 4 + share // 8 * bits
 
 
-def cluster_sizes(rows: int, capacity: int, bits: int, device: torch.device) -> tuple[tuple[int, int], ...]:
-    """(CTAs a cluster, bytes a CTA), the better first: 16 for few rows, 8 where those fill the GPU, two a SM.
+def cluster_sizes(
+    rows: int, capacity: int, bits: int, resident_threads: int, device: torch.device
+) -> tuple[Cluster, ...]:
+    """The better clusters first, for `rows` lists and resident_threads of label_defines.
 
-    A small cluster finds its SMs sooner beside other work: steps of six sequences beside a prefill take 52 ms
-    with 8 and 58 with 16, and delay it less; alone they take the same (8B shape, H100).
+    Few CTAs find their SMs sooner beside other work, and their exchanges are short: 8 of 1,024 threads take
+    58 us where 16 of 512 take 60 (a sticky selection alone, H200), and leave half of the GPU to others. Many
+    rows fill it anyway: two CTAs an SM, and steps of six sequences beside a prefill take 52 ms with 8 CTAs
+    and 58 with 16 (8B shape, H100).
     """
     filled = 8 * rows >= torch.cuda.get_device_properties(device).multi_processor_count
-    two = 2 * (dynamic_bytes(capacity, 8, bits) + STATIC_BYTES) <= shared_limit(device)
-    return tuple((n, dynamic_bytes(capacity, n, bits)) for n in ((8, 16) if filled and two else (16, 8)))
+
+    def cluster(ctas: int) -> Cluster:
+        size = dynamic_bytes(capacity, ctas, bits)
+        two_an_sm = 2 * (size + STATIC_BYTES) <= shared_limit(device)
+        wide = resident_threads == 1024 and not (two_an_sm and (filled or ctas == 16))
+        return Cluster(ctas, 1024 if wide else 512, size)
+
+    return cluster(8), cluster(16)
 
 
 def select_by_labels_cluster(
@@ -59,8 +69,8 @@ def select_by_labels_cluster(
     """
     batch, kv_heads, capacity = codes.shape[:3]
     channels, group = query_labels.shape[2], query_labels.shape[1] // kv_heads
-    sizes = cluster_sizes(batch * kv_heads, capacity, 1, tokens.device)
     defines = label_defines(channels, bits, group)
+    sizes = cluster_sizes(batch * kv_heads, capacity, 1, dict(defines)["RESIDENT_THREADS"], tokens.device)
     kernel = compiled("select_cluster", SCORING_SOURCES, defines, sizes, tokens.device.index)
     tensors = (query_labels, offsets, codes, scales, budgets, lengths, tokens, counts)
     launch(kernel, (batch, kv_heads), tensors, (kv_heads, capacity, sinks, recent, tokens.shape[-1]))

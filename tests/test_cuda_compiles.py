@@ -20,9 +20,12 @@ KERNELS = Path(__file__).parent.parent / "kernels"
 SELECT, ADMIT = (*SCORING_SOURCES, "select_cluster.cu"), (*ADMITTING_SOURCES, "admit_cluster.cu")
 LABELS = {**dict(label_defines(32, 4, 4)), "THREADS": 512}
 WIDE = {**dict(label_defines(128, 16, 8)), "THREADS": 512}
+MORE_THREADS = {**LABELS, "THREADS": 1024}
 CASES = {
     "select": (SELECT, LABELS),
     "admit": (ADMIT, LABELS),
+    "select by more threads": (SELECT, MORE_THREADS),
+    "admit by more threads": (ADMIT, MORE_THREADS),
     "admit wide labels": (ADMIT, WIDE),
     "choose": ((*CHOOSING_SOURCES, "choose_cluster.cu"), {"THREADS": 512}),
     "choose by few": ((*CHOOSING_SOURCES, "choose_cluster.cu"), {"THREADS": 512, "CLUSTER": 4}),

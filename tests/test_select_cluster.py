@@ -141,14 +141,22 @@ def test_shared_memory_holds_every_share():
 
 
 @pytest.mark.parametrize(
-    ("rows", "capacity", "first"),
-    [(8, 262144, 16), (8, 1000, 16), (17, 131072, 8), (16, 131072, 16), (64, 262144, 16), (64, 1000, 8)],
+    ("rows", "capacity", "narrow", "threads"),
+    [
+        (8, 262144, True, [1024, 512]),
+        (8, 1000, True, [1024, 512]),
+        (17, 131072, True, [512, 512]),
+        (16, 131072, True, [1024, 512]),
+        (64, 262144, True, [1024, 512]),
+        (64, 262144, False, [512, 512]),
+        (8, 524288, True, [1024, 1024]),
+    ],
 )
-def test_clusters_are_small_where_those_fill_the_gpu_twice(monkeypatch, rows, capacity, first):
-    """An H100: 132 SMs of 227 KB for a CTA."""
+def test_as_many_threads_as_an_sm_has_room_for(monkeypatch, rows, capacity, narrow, threads):
+    """An H100: 132 SMs of 227 KB for a CTA. Two CTAs of 512 threads share one where the keys of both fit."""
     shared = {"shared_memory_per_block": 49_152, "shared_memory_per_block_optin": 232_448}
     h100 = SimpleNamespace(multi_processor_count=132, **shared)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: h100)
-    sizes = cluster_sizes(rows, capacity, 2, torch.device("cuda", 0))
-    assert sizes[0] == (first, dynamic_bytes(capacity, first, 2))
-    assert sorted(cluster for cluster, _ in sizes) == [8, 16]
+    sizes = cluster_sizes(rows, capacity, 2, 1024 if narrow else 512, torch.device("cuda", 0))
+    expected = zip((8, 16), threads, strict=True)
+    assert sizes == tuple((ctas, each, dynamic_bytes(capacity, ctas, 2)) for ctas, each in expected)

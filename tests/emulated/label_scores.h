@@ -18,11 +18,27 @@ struct Query {
     const float *labels, *offsets;
 };
 
-static void load_batch(const unsigned char* codes, const unsigned* scales, int base, int n, int lane, Batch& batch) {
-    for (int step = 0; step < STEPS && base < n; ++step) {
-        int token = min(base + 32 * step + 8 * (lane & 3) + (lane >> 2), n - 1);
-        batch.words[step] = codes + (long long)token * ROW_BYTES, batch.pair[step] = scales[token];
+struct Source {
+    const unsigned char* codes;
+    const unsigned* scales;
+};
+
+static int token_of(int lane) { return 8 * (lane & 3) + (lane >> 2); }
+
+static Source source_at(const unsigned char* codes, const unsigned* scales, int token, int lane) {
+    return {codes + (long long)(token + token_of(lane)) * ROW_BYTES, scales + token + token_of(lane)};
+}
+
+static void load_last_batch(Source source, int left, int lane, Batch& batch) {
+    for (int step = 0; step < STEPS; ++step) {
+        int token = min(32 * step + token_of(lane), left - 1) - token_of(lane);
+        batch.words[step] = source.codes + (long long)token * ROW_BYTES, batch.pair[step] = source.scales[token];
     }
+}
+
+static void load_batch(Source source, Batch& batch) {
+    for (int step = 0; step < STEPS; ++step)
+        batch.words[step] = source.codes + 32 * step * ROW_BYTES, batch.pair[step] = source.scales[32 * step];
 }
 
 static void load_query(const float* labels, const float* offsets, int, Query& query) { query = {labels, offsets}; }
