@@ -40,23 +40,23 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     int share = (span + CLUSTER * 32 - 1) / (CLUSTER * 32) * 32;
     int first = sinks + rank * share, n = max(min(share, end - first), 0);
     unsigned *keys = dynamic, *chosen = keys + share, *member_bits = chosen + share / 32;
-    history += (long long)row * pitch + rank * share;
+    uint4* past = (uint4*)dynamic;  // until there are keys
 
     clear_counts(shared);
-    count_ages(history, n, shared);
+    long long in_history = (long long)row * pitch + rank * share;
+    load_past(history + in_history, n, past, shared);
     cluster_publish();
+    cluster_wait();
+    if (threadIdx.x < 32) find_remembered(shared, 2 * min(budgets[row], span) - new_rows);
+    __syncthreads();
+    mark_members(past, n, history + in_history, attended, member_bits, shared);
+    __syncthreads();
+    auto others = [&](int word) { return ~member_bits[word]; };
     long long place = (long long)row * capacity + first;
     score_tokens(codes + place * ROW_BYTES, scales + place, query_labels + row * GROUP * CHANNELS,
-                 offsets + row * GROUP, n, keys, shared);
-    int k = min(budgets[row], span);  // not before: the scores need every register
-    cluster_wait();  // every CTA has counted its ages
-    if (threadIdx.x < 32) find_remembered(shared, 2 * k - new_rows);
-    __syncthreads();
+                 offsets + row * GROUP, n, keys, shared, others);
     Part part = {keys, n, (int)rank * share};
-    load_members(part, history, attended, member_bits, shared);
-
-    auto others = [&](int word) { return ~member_bits[word]; };
-    int members = shared.all_members;
+    int members = shared.all_members, k = min(budgets[row], span);  // again: the scores need every register
     int admitted = max(min(min(max(new_rows, k - members), k), span - members), 0);
     int from = choose_best(part, admitted, rank, chosen, shared, others);
     if (threadIdx.x < 32) count_lower_members(rank, shared);

@@ -19,7 +19,8 @@ constexpr int LIST = 1024;
 constexpr float BINS_A_UNIT = BINS / 32.f, LOWEST = -28.f;
 
 struct Shared {
-    alignas(8) unsigned histogram[BINS];  // of this CTA's tokens, read by the other CTAs; then the cluster's list
+    // Of this CTA's tokens, read by the other CTAs; then the cluster's list. One bin more, for what does not count.
+    alignas(8) unsigned histogram[BINS + 2];
     int slice_count[SLICES];              // and how many are in each slice of the bins
     int total[SLICES], bin_total[SLICE];  // the cluster's of each slice, and of each bin of the slice with the cut
     unsigned long long list[LIST];        // of this CTA's tokens, those in the range; read by the other CTAs
@@ -241,7 +242,8 @@ __device__ int choose_best(
 }
 
 // Call put(place, i) for this CTA's tokens i that are marked [n / 32], in order, from `place` on; returns the
-// place after the last. All threads have put theirs then.
+// place after the last. All threads have put theirs then. A lane puts a token of its own, so that what is written
+// together lies together.
 template <class Put>
 __device__ int for_each_marked(const unsigned* marks, int n, int place, Shared& shared, Put put) {
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, words = (n + 31) / 32;
@@ -257,7 +259,12 @@ __device__ int for_each_marked(const unsigned* marks, int n, int place, Shared& 
         __syncthreads();
         int of_warp = lane < WARPS ? shared.warp_marked[lane] : 0;
         int to = place + __reduce_add_sync(ALL, lane < warp ? of_warp : 0) + upto - count;
-        for (; bits; bits &= bits - 1) put(to++, word * 32 + __ffs(bits) - 1);
+        for (unsigned marked = __ballot_sync(ALL, bits != 0); marked; marked &= marked - 1) {
+            int j = __ffs(marked) - 1;
+            unsigned of_word = __shfl_sync(ALL, bits, j);
+            int start = __shfl_sync(ALL, to, j);
+            if (of_word >> lane & 1) put(start + __popc(of_word & ((1u << lane) - 1u)), (word - lane + j) * 32 + lane);
+        }
         place += __reduce_add_sync(ALL, of_warp);
         __syncthreads();
     }

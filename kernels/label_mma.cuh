@@ -154,14 +154,21 @@ __device__ void transpose_quad(float* d, int quad_lane) {
     d[3] = __shfl_xor_sync(ALL, upper ? far0 : far1, 2);
 }
 
-// The score of token 8 (lane & 3) + lane / 4 of a 32-token step; words [4][WORDS] are rows 8 j + lane / 4.
-__device__ float score_step(const unsigned (*words)[WORDS], unsigned scale_offset, const Query& query, int lane) {
-    float scale = query.unscale, offset = 0.f;
-    if (BITS != 16) {
-        scale *= from_half((unsigned short)scale_offset);
-        offset = from_half((unsigned short)(scale_offset >> 16));
-    }
-    float x[HEAD_TILES][4], most;
+// What a warp loads at once: STEPS times 32 tokens' codes and (scale, offset) pairs.
+struct Batch {
+    unsigned words[STEPS][4][WORDS], pair[STEPS];
+};
+
+// What is left of 32 tokens' codes when they are multiplied: for 4 tokens a quad lane's head, and the own token's pair.
+struct Dots {
+    float rows[HEAD_TILES][4];
+    unsigned pair;
+};
+
+// A step's codes, rows 8 j + lane / 4 of 32, times the queries.
+__device__ Dots multiply_step(const Batch& batch, int step, const Query& query) {
+    Dots out;
+    out.pair = batch.pair[step];
 #pragma unroll
     for (int tile = 0; tile < HEAD_TILES; ++tile) {
         float dots[2][4] = {};
@@ -169,15 +176,30 @@ __device__ float score_step(const unsigned (*words)[WORDS], unsigned scale_offse
         for (int unit = 0; unit < UNITS; unit += 2) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const unsigned *low = words[2 * half], *high = words[2 * half + 1];
+                const unsigned *low = batch.words[step][2 * half], *high = batch.words[step][2 * half + 1];
                 multiply_add(dots[half], label_pair(low, unit), label_pair(high, unit), label_pair(low, unit + 1),
                              label_pair(high, unit + 1), query.b[tile][unit], query.b[tile][unit + 1]);
             }
         }
         // Columns 2 h and 2 h + 1 are the two parts of head h, and quad lane h holds both.
-        float* row = x[tile];
+        float* row = out.rows[tile];
         row[0] = dots[0][0] + dots[0][1], row[1] = dots[0][2] + dots[0][3];
         row[2] = dots[1][0] + dots[1][1], row[3] = dots[1][2] + dots[1][3];
+    }
+    return out;
+}
+
+// The score of token 8 (lane & 3) + lane / 4 of a step.
+__device__ float score_step(Dots dots, const Query& query, int lane) {
+    float scale = query.unscale, offset = 0.f;
+    if (BITS != 16) {
+        scale *= from_half((unsigned short)dots.pair);
+        offset = from_half((unsigned short)(dots.pair >> 16));
+    }
+    float most;
+#pragma unroll
+    for (int tile = 0; tile < HEAD_TILES; ++tile) {
+        float* row = dots.rows[tile];
         transpose_quad(row, lane & 3);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -188,18 +210,13 @@ __device__ float score_step(const unsigned (*words)[WORDS], unsigned scale_offse
     float sum;
 #pragma unroll
     for (int tile = 0; tile < HEAD_TILES; ++tile) {  // pairs, so that the sum is the same in every quad lane
-        const float* row = x[tile];
+        const float* row = dots.rows[tile];
         float near = exp2_fast(row[0] - most) + exp2_fast(row[1] - most);
         float far = exp2_fast(row[2] - most) + exp2_fast(row[3] - most);
         sum = tile ? sum + (near + far) : near + far;
     }
     return most + log2_fast(sum);
 }
-
-// What a warp loads at once: STEPS times 32 tokens' codes and (scale, offset) pairs.
-struct Batch {
-    unsigned words[STEPS][4][WORDS], pair[STEPS];
-};
 
 // Where a lane's part of a batch lies: of the first 8 tokens' codes, and the pair of its own token.
 struct Source {

@@ -5,20 +5,10 @@
 // A CTA's history is read 16 tokens at a time; its first entry is at a multiple of 16 bytes.
 constexpr int VECTOR = 16;
 
-struct Past {
-    unsigned words[4];
-};
-
 // Which of the bytes of the i-th 16 belong to a token of n: 255 each.
 __device__ unsigned inside_word(int i, int word, int n) {
     int left = n - i * VECTOR - 4 * word;
     return left >= 4 ? ALL : left <= 0 ? 0u : (1u << 8 * left) - 1u;
-}
-
-__device__ Past load_past(const unsigned char* history, int i, int n) {
-    uint4 past = ((const uint4*)history)[i];
-    return {past.x & inside_word(i, 0, n), past.y & inside_word(i, 1, n), past.z & inside_word(i, 2, n),
-            past.w & inside_word(i, 3, n)};
 }
 
 // Minus each of four bytes.
@@ -26,18 +16,22 @@ __device__ unsigned minus_bytes(unsigned bytes) {
     return ((~bytes & 0x7f7f7f7fu) + 0x01010101u) ^ (~bytes & 0x80808080u);
 }
 
-// Count this CTA's tokens by age: how many steps ago they were selected last, which is a byte's lowest bit.
-__device__ void count_ages(const unsigned char* history, int n, Shared& shared) {
+// Copy the history of this CTA's tokens to past [n / 16 rounded up], zeros past the last, and count them by age: how
+// many steps ago they were selected last, which is a byte's lowest bit.
+__device__ void load_past(const unsigned char* history, int n, uint4* past, Shared& shared) {
     unsigned counts[AGES] = {};  // four sums of a byte each: a thread has at most 112 tokens (56 K keys fill an SM)
 #pragma unroll 2
     for (int i = threadIdx.x; i * VECTOR < n; i += THREADS) {
-        Past past = load_past(history, i, n);
+        uint4 raw = ((const uint4*)history)[i];
+        unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
         for (int word = 0; word < 4; ++word) {
-            unsigned lowest = past.words[word] & minus_bytes(past.words[word]);
+            words[word] &= inside_word(i, word, n);
+            unsigned lowest = words[word] & minus_bytes(words[word]);
 #pragma unroll
             for (int age = 0; age < AGES; ++age) counts[age] += lowest >> age & 0x01010101u;
         }
+        past[i] = {words[0], words[1], words[2], words[3]};
     }
 #pragma unroll
     for (int age = 0; age < AGES; ++age) {
@@ -65,31 +59,27 @@ __device__ void find_remembered(Shared& shared, int limit) {
 // Four bytes, each 0 or 1, as four bits.
 __device__ unsigned bits_of_bytes(unsigned bytes) { return bytes * 0x01020408u >> 24 & 15; }
 
-// Of this CTA's tokens, those selected in one of the remembered steps to member_bits [n / 32], their number to
-// shared.members, and out of the histogram, in which all tokens were counted. moves_on: what was selected a
-// step ago was now selected two steps ago.
-__device__ void load_members(
-    Part part, unsigned char* history, bool moves_on, unsigned* member_bits, Shared& shared) {
+// Of this CTA's tokens, those selected in one of the remembered steps to member_bits [n / 32], and their number to
+// shared.members. moves_on: what was selected a step ago was now selected two steps ago.
+__device__ void mark_members(
+    const uint4* past, int n, unsigned char* history, bool moves_on, unsigned* member_bits, Shared& shared) {
     unsigned mask = shared.remembered * 0x01010101u;
-    int n = part.n;
     int members = 0;
-    uint4 next = threadIdx.x * VECTOR < n ? ((const uint4*)history)[threadIdx.x] : uint4{};
     for (int i = threadIdx.x; i * VECTOR < n; i += THREADS) {
-        uint4 raw = next;
-        if ((i + THREADS) * VECTOR < n) next = ((const uint4*)history)[i + THREADS];  // before the store below
+        uint4 raw = past[i];
         unsigned words[4] = {raw.x, raw.y, raw.z, raw.w}, bits = 0;
 #pragma unroll
         for (int word = 0; word < 4; ++word) {
-            unsigned inside = inside_word(i, word, n), past = words[word] & inside, member = past & mask;
+            unsigned member = words[word] & mask;
             unsigned any = ((member & 0x7f7f7f7fu) + 0x7f7f7f7fu | member) >> 7 & 0x01010101u;
             bits |= bits_of_bytes(any) << 4 * word;
-            words[word] = (past << 1 & 0xfefefefeu) | (words[word] & ~inside);
+            words[word] = words[word] << 1 & 0xfefefefeu;
         }
         ((unsigned short*)member_bits)[i] = (unsigned short)bits;
         members += __popc(bits);
-        for (unsigned rest = bits; rest; rest &= rest - 1)
-            atomicAdd(&shared.histogram[key_bin(part.keys[i * VECTOR + __ffs(rest) - 1])], ALL);  // minus 1
-        if (moves_on) ((uint4*)history)[i] = {words[0], words[1], words[2], words[3]};
+        if (!moves_on) continue;
+        if ((i + 1) * VECTOR <= n) ((uint4*)history)[i] = {words[0], words[1], words[2], words[3]};
+        else for (int j = 0; j < n - i * VECTOR; ++j) history[i * VECTOR + j] = words[j / 4] >> 8 * (j % 4);
     }
     // The last word's upper half, if no token is in it.
     int halves = (n + VECTOR - 1) / VECTOR;

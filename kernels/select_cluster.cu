@@ -29,12 +29,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         int share = (span + CLUSTER * 32 - 1) / (CLUSTER * 32) * 32;
         int first = sinks + rank * share, n = max(min(share, end - first), 0);
         unsigned *keys = dynamic, *chosen = keys + share;
+        auto all = [](int) { return ALL; };
         clear_counts(shared);
         long long place = (long long)row * capacity + first;
         score_tokens(codes + place * ROW_BYTES, scales + place, query_labels + row * GROUP * CHANNELS,
-                     offsets + row * GROUP, n, keys, shared);
+                     offsets + row * GROUP, n, keys, shared, all);
         Part part = {keys, n, (int)rank * share};
-        int lower = choose_best(part, k, rank, chosen, shared, [](int) { return ALL; });
+        int lower = choose_best(part, k, rank, chosen, shared, all);
         cluster_arrive_relaxed();  // this thread reads no other CTA's memory below
         for_each_marked(chosen, n, lower, shared, [&](int to, int i) { target[to] = first + i; });
         cluster_wait();  // no CTA leaves while another may read its shared memory

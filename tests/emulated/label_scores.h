@@ -43,13 +43,20 @@ static void load_batch(Source source, Batch& batch) {
 
 static void load_query(const float* labels, const float* offsets, int, Query& query) { query = {labels, offsets}; }
 
-static float score_step(const unsigned char* codes, unsigned pair, const Query& query, int) {
+struct Dots {
+    const unsigned char* codes;
+    unsigned pair;
+};
+
+static Dots multiply_step(const Batch& batch, int step, const Query&) { return {batch.words[step], batch.pair[step]}; }
+
+static float score_step(Dots dots, const Query& query, int) {
     static_assert(BITS == 4, "of the label formats this one is here");
-    float scale = from_half(pair & 0xffff), offset = from_half(pair >> 16), most = -INFINITY, x[GROUP], sum = 0;
+    float scale = from_half(dots.pair & 0xffff), offset = from_half(dots.pair >> 16), most = -INFINITY, x[GROUP], sum = 0;
     for (int head = 0; head < GROUP; ++head) {
         double dot = 0;
         for (int r = 0; r < CHANNELS; ++r) {
-            int byte = codes[r % (CHANNELS / 2)], code = r < CHANNELS / 2 ? byte & 15 : byte >> 4;
+            int byte = dots.codes[r % (CHANNELS / 2)], code = r < CHANNELS / 2 ? byte & 15 : byte >> 4;
             dot += query.labels[head * CHANNELS + r] * (code * scale + offset);
         }
         x[head] = (float)(dot - query.offsets[head]) * LOG2E;
