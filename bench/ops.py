@@ -153,7 +153,7 @@ def bench_select(shape: Shape, bits: int, channels: int, budget: int, new_rows: 
     sticky = (*limits, history, False, tokens, counts, candidates, *slots)
     calls = [partial(admit_in_clusters, *label, *sticky) for label in labels]
     yield Timing(f"admit {name}, {new_rows} new", "cluster", moved, "hbm"), calls
-    chosen = (tokens.clone(), counts.clone(), maps[0], maps[2], step)
+    chosen = (tokens.clone(), counts.clone(), tokens.clone(), maps[0], maps[2], step)
     for phase, name in ((0, "a prediction's"), (1, "the true")):
         rest = (False, *chosen, phase, misses[3])
         choice = partial(choose_in_clusters, candidates, budgets, shape.sinks, history, *rest)
@@ -248,7 +248,8 @@ def bench_query_labels(shape: Shape, sweep: bool):
         yield Timing("query_labels", name, 0, ""), calls
 
 
-def bench_attention(shape: Shape, budget: int, sweep: bool):
+def bench_attention(shape: Shape, budget: int, by_slots: bool, sweep: bool):
+    """by_slots: the list says where the rows lie, as a sticky selection's does; else which tokens'."""
     b, h, d = shape.batch, shape.kv_heads, shape.dim
     local = shape.sinks + shape.recent
     query = torch.randn(b, shape.heads, d, device="cuda").bfloat16()
@@ -260,7 +261,8 @@ def bench_attention(shape: Shape, budget: int, sweep: bool):
     places = torch.randperm(budget, device="cuda").int().expand(b, h, budget)
     slot_of_token.scatter_(2, tokens.long(), places)
     counts = torch.full((b, h), budget, **INT32)
-    args = (tokens, counts, slot_of_token, shape.lengths(), shape.sinks, shape.recent, d**-0.5)
+    listed = (places.contiguous(), counts, None) if by_slots else (tokens, counts, slot_of_token)
+    args = (*listed, shape.lengths(), shape.sinks, shape.recent, d**-0.5)
     options = [
         {"num_stages": 1},
         {"num_stages": 3},
@@ -273,7 +275,8 @@ def bench_attention(shape: Shape, budget: int, sweep: bool):
     moved = b * h * (budget + local) * shape.row_bytes()
     for name, op in configs(sparse_attention, sparse_attention_triton, sweep, options):
         calls = [partial(op, query, s, *args) for s in slots]
-        yield Timing(f"sparse_attention k={budget}", name, moved, "hbm"), calls
+        by = ", by slots" if by_slots else ""
+        yield Timing(f"sparse_attention k={budget}{by}", name, moved, "hbm"), calls
 
 
 def all_benches(shape: Shape, sweep: bool):
@@ -282,7 +285,8 @@ def all_benches(shape: Shape, sweep: bool):
     for budget in (2048, 16_384):
         yield from bench_topk(shape, budget)
         yield from bench_resolve(shape, budget)
-        yield from bench_attention(shape, budget, sweep)
+        yield from bench_attention(shape, budget, False, sweep)
+        yield from bench_attention(shape, budget, True, sweep)
     rows = (shape.batch, shape.kv_heads, shape.tokens, 2 * shape.dim)
     host_rows = torch.empty(rows, dtype=torch.bfloat16, pin_memory=True)
     yield from bench_append(shape, host_rows)

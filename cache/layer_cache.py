@@ -194,7 +194,8 @@ class LayerCache:
             return
         resident, choose = self.resident, choose_in_clusters if self.one_kernel else choose_reference
         assert self.history is not None
-        chosen = (selection.tokens, selection.counts, resident.slot_of_token, resident.stamps)
+        maps = (resident.slot_of_token, resident.stamps)
+        chosen = (selection.tokens, selection.counts, selection.slots, *maps)
         steps = (self.state.step, phase, self.counters)
         choose(work.candidates, self.budgets, resident.sinks, self.history, attended, *chosen, *steps)
         if self.may_miss_members:
@@ -244,18 +245,19 @@ class LayerCache:
             pieces = early or self._attend_to_members(inputs, choice)
             stamps = (self.resident.stamps, self.state.step, self.new_rows or 0)
             return attend_to_entered(inputs, entering.tokens, entering.counts, *stamps, pieces, sink_logits)
-        return sparse_attention(
-            query,
-            inputs.slots,
-            selection.tokens,
-            selection.counts,
-            *inputs[2:],
-            sink_logits,
-        )
+        inputs, listed = self._by_slots(inputs, selection)
+        return sparse_attention(query, inputs.slots, listed, selection.counts, *inputs[2:], sink_logits)
 
     def _attend_to_members(self, inputs: Inputs, choice: Choice) -> Pieces:
         stamps = (self.resident.stamps, self.state.step, choice.phase, self.new_rows or 0)
-        return attend_to_members(inputs, choice.selection.tokens, choice.selection.counts, *stamps)
+        inputs, listed = self._by_slots(inputs, choice.selection)
+        return attend_to_members(inputs, listed, choice.selection.counts, *stamps)
+
+    def _by_slots(self, inputs: Inputs, selection: Selection) -> tuple[Inputs, torch.Tensor]:
+        """What attends to a selection, and the list to do it by: of slots where all of them were known."""
+        if not self.in_two_parts or self.may_miss_members:
+            return inputs, selection.tokens
+        return inputs._replace(slot_of_token=None), selection.slots
 
     def _inputs(self, query: torch.Tensor, scale: float, softcap: float) -> Inputs:
         resident, lengths = self.resident, self.state.lengths

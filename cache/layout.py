@@ -120,8 +120,8 @@ class KVLayout:
 
     @property
     def selection_bytes(self) -> int:
-        """GPU bytes of one selection: tokens [B, Hkv, K] and counts [B, Hkv]."""
-        return self.heads * (self.budget + 1) * INT32_BYTES
+        """GPU bytes of one selection: tokens and slots [B, Hkv, K] and counts [B, Hkv]."""
+        return self.heads * (2 * self.budget + 1) * INT32_BYTES
 
     @property
     def history_bytes(self) -> int:

@@ -9,12 +9,16 @@ from .layout import KVLayout
 
 
 class Selection:
-    """The tokens one layer attends to besides sinks and recent ones: ascending, counts [B, Hkv] of them."""
+    """The tokens one layer attends to besides sinks and recent ones: ascending, counts [B, Hkv] of them.
+
+    slots: theirs, as far as the selection says (a sticky one that the step attends to).
+    """
 
     def __init__(self, layout: KVLayout, device: torch.device) -> None:
         shape = (layout.batch, layout.kv_heads, layout.budget)
         self.tokens = torch.full(shape, -1, dtype=torch.int32, device=device)
         self.counts = torch.zeros(shape[:2], dtype=torch.int32, device=device)
+        self.slots = torch.empty_like(self.tokens)
 
 
 class Misses:

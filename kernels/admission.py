@@ -84,6 +84,7 @@ def choose_reference(
     attended: bool,
     tokens: torch.Tensor,
     counts: torch.Tensor,
+    slots: torch.Tensor,
     slot_of_token: torch.Tensor,
     stamps: torch.Tensor,
     step: torch.Tensor,
@@ -93,9 +94,10 @@ def choose_reference(
     """Select the best candidates, ties to the earliest, and stamp their slots as attended to.
 
     Writes tokens [B, Hkv, K] int32 (ascending, -1 past the count) and counts [B, Hkv] int32; attended: the
-    history [B, Hkv, P], which admit_reference moved on, takes the selection in. slot_of_token, stamps, step,
-    phase and counters as in residency.resolve_reference: what is selected counts as SELECTED and HITS, for
-    misses are counted where they get slots.
+    history [B, Hkv, P], which admit_reference moved on, takes the selection in, and slots [B, Hkv, K] int32
+    its slots, -1 where a token has none. slot_of_token, stamps, step, phase and counters as in
+    residency.resolve_reference: what is selected counts as SELECTED and HITS, for misses are counted where
+    they get slots.
     """
     tokens.fill_(-1)
     for b in range(tokens.shape[0]):
@@ -109,5 +111,6 @@ def choose_reference(
             counters[b, phase, :2] += k
             if attended:
                 history[b, h, chosen - sinks] |= 1
-                slots = slot_of_token[b, h, chosen]
-                stamps[b, h, slots[slots >= 0].long(), 0] = int(step)
+                of_chosen = slot_of_token[b, h, chosen]
+                slots[b, h, :k] = of_chosen
+                stamps[b, h, of_chosen[of_chosen >= 0].long(), 0] = int(step)

@@ -12,16 +12,9 @@
 
 struct AdmitShared {
     Shared topk;
+    Members members;
     ListShared list;
 };
-
-// Warp 0: the members in lower CTAs to shared.lower_members, after a barrier since they were counted. What it reads
-// of other CTAs has arrived at the next __syncthreads, since it is stored.
-__device__ void count_lower_members(unsigned rank, Shared& shared) {
-    int lane = threadIdx.x;
-    int lower = __reduce_add_sync(ALL, lane < (int)rank ? (int)remote_load(&shared.members, lane) : 0);
-    if (lane == 0) shared.lower_members = lower;
-}
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, RESIDENT_THREADS / THREADS)
     admit_cluster(
@@ -32,8 +25,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         unsigned long long* counters, int kv_heads, int capacity, int pitch, int sinks, int recent, int new_rows,
         int attended, int k_max, int listed_max, int n_slots, int phase, int kept_steps) {
     extern __shared__ __align__(16) unsigned dynamic[];
-    __shared__ AdmitShared both;
-    Shared& shared = both.topk;
+    __shared__ AdmitShared all;
+    Shared& shared = all.topk;
+    Members& members = all.members;
     unsigned rank = cta_rank();
     int sequence = blockIdx.z, row = sequence * kv_heads + (int)blockIdx.y;
     int end = max(lengths[sequence] - recent, sinks), span = end - sinks;
@@ -42,39 +36,41 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     unsigned *keys = dynamic, *chosen = keys + share, *member_bits = chosen + share / 32;
     uint4* past = (uint4*)dynamic;  // until there are keys
 
+    if (threadIdx.x < AGES) members.ages[threadIdx.x] = 0;
+    if (threadIdx.x == 0) members.mine = 0;
     clear_counts(shared);
     long long in_history = (long long)row * pitch + rank * share;
-    load_past(history + in_history, n, past, shared);
+    load_past(history + in_history, n, past, members);
     cluster_publish();
     cluster_wait();
-    if (threadIdx.x < 32) find_remembered(shared, 2 * min(budgets[row], span) - new_rows);
+    if (threadIdx.x < 32) find_remembered(members, 2 * min(budgets[row], span) - new_rows);
     __syncthreads();
-    mark_members(past, n, history + in_history, attended, member_bits, shared);
+    mark_members(past, n, history + in_history, attended, member_bits, members);
     __syncthreads();
     auto others = [&](int word) { return ~member_bits[word]; };
     long long place = (long long)row * capacity + first;
     score_tokens(codes + place * ROW_BYTES, scales + place, query_labels + row * GROUP * CHANNELS,
                  offsets + row * GROUP, n, keys, shared, others);
     Part part = {keys, n, (int)rank * share};
-    int members = shared.all_members, k = min(budgets[row], span);  // again: the scores need every register
-    int admitted = max(min(min(max(new_rows, k - members), k), span - members), 0);
+    int listed = members.all, k = min(budgets[row], span);  // again: the scores need every register
+    int admitted = max(min(min(max(new_rows, k - listed), k), span - listed), 0);
     int from = choose_best(part, admitted, rank, chosen, shared, others);
-    if (threadIdx.x < 32) count_lower_members(rank, shared);
+    if (threadIdx.x < 32) count_lower_members(members, rank);
     entering += (long long)row * k_max;
     candidates += (long long)row * listed_max, candidate_scores += (long long)row * listed_max;
     int to = for_each_marked(chosen, n, from, shared, [&](int at, int i) { entering[at] = first + i; });
     for (int i = threadIdx.x; i < (n + 31) / 32; i += THREADS) member_bits[i] |= chosen[i];
-    for_each_marked(member_bits, n, from + shared.lower_members, shared, [&](int at, int i) {
+    for_each_marked(member_bits, n, from + members.lower, shared, [&](int at, int i) {
         candidates[at] = first + i, candidate_scores[at] = key_score(keys[i]);
     });
     if (rank == 0 && threadIdx.x == 0)
-        entering_counts[row] = admitted, candidate_counts[row] = members + admitted;
+        entering_counts[row] = admitted, candidate_counts[row] = listed + admitted;
 
     Slots resident = {slot_of_token + (long long)row * capacity, token_in_slot + (long long)row * n_slots,
                       stamps + (long long)row * n_slots, hand + row, n_slots};
     Missed missed = {miss_tokens + (long long)row * k_max, miss_slots + (long long)row * k_max, miss_counts + row};
     // Whether they are attended to is not known yet.
     Purpose purpose = {*step, phase, 0, kept_steps, ENTERING, counters + sequence * 8 + phase * 4};  // [B, 2, 4]
-    resolve_list(entering, {from, to}, resident, missed, purpose, rank, both.list);
+    resolve_list(entering, {from, to}, resident, missed, purpose, rank, all.list);
     cluster_wait();  // no CTA leaves while another may read its shared memory
 }

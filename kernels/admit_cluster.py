@@ -75,6 +75,7 @@ def choose_in_clusters(
     attended: bool,
     tokens: torch.Tensor,
     counts: torch.Tensor,
+    slots: torch.Tensor,
     slot_of_token: torch.Tensor,
     stamps: torch.Tensor,
     step: torch.Tensor,
@@ -88,6 +89,6 @@ def choose_in_clusters(
     ctas = dict.fromkeys((CHOOSING_CTAS[phase], max(CHOOSING_CTAS)))
     sizes = tuple(Cluster(count, THREADS, dynamic_bytes(listed, count, 1)) for count in ctas)
     kernel = compiled("choose_cluster", CHOOSING_SOURCES, (), sizes, tokens.device.index)
-    tensors = (*candidates, budgets, history, tokens, counts, slot_of_token, stamps, step, counters)
+    tensors = (*candidates, budgets, history, tokens, counts, slots, slot_of_token, stamps, step, counters)
     numbers = (kv_heads, listed, history.shape[-1], sinks, int(attended), k_max)
     launch(kernel, (batch, kv_heads), tensors, (*numbers, slot_of_token.shape[-1], stamps.shape[-2], phase))

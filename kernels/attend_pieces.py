@@ -21,11 +21,15 @@ PROGRAMS, BLOCK_BYTES = 512, 8192
 
 
 class Inputs(NamedTuple):
-    """What all pieces of one attention share, as sparse_attention_reference has it."""
+    """What all pieces of one attention share, as sparse_attention_reference has it.
+
+    slot_of_token None: lists are of slots, in the order of their tokens. A look-up less: 25.9 us for 29.2
+    (16,384 rows of 8 heads at 262,144 tokens, H200).
+    """
 
     query: torch.Tensor
     slots: torch.Tensor
-    slot_of_token: torch.Tensor
+    slot_of_token: torch.Tensor | None
     lengths: torch.Tensor
     sinks: int
     recent: int
@@ -64,14 +68,15 @@ def attend_pieces(
 ) -> None:
     """Write the results of `splits` pieces of lists, a program each, from first_split on.
 
-    tokens [B, Hkv, K] ascending and counts [B, Hkv] int32: the selection, or what may enter. chunk: rows of a
-    piece, whole blocks; of ENTERED a block, and pieces take blocks in turn. stamps [B, Hkv, n_slots, 2],
-    step [1] and phase as resolve_reference has them, for the parts.
+    tokens [B, Hkv, K] ascending (or their slots) and counts [B, Hkv] int32: the selection, or what may
+    enter. chunk: rows of a piece, whole blocks; of ENTERED a block, and pieces take blocks in turn.
+    stamps [B, Hkv, n_slots, 2], step [1] and phase as resolve_reference has them, for the parts.
     """
     query, slots, slot_of_token, lengths, sinks, recent, scale, softcap = inputs
     batch, heads, dim = query.shape
     kv_heads, budget = tokens.shape[1:]
-    assert query.stride(2) == slot_of_token.stride(2) == 1
+    assert query.stride(2) == 1
+    assert slot_of_token is None or slot_of_token.stride(2) == 1
     assert slots[0, 0].is_contiguous()
     assert tokens.is_contiguous()
     assert part == WHOLE or (stamps is not None and stamps.is_contiguous())
@@ -79,7 +84,8 @@ def attend_pieces(
     _attend_kernel[(splits, batch * kv_heads)](
         query, slots, tokens, counts, slot_of_token, lengths, *pieces, stamps, step, phase,
         query.stride(0), query.stride(1), slots.stride(0), slots.stride(1),
-        slot_of_token.stride(0), slot_of_token.stride(1), 0 if stamps is None else stamps.stride(1),
+        *((0, 0) if slot_of_token is None else slot_of_token.stride()[:2]),
+        0 if stamps is None else stamps.stride(1),
         budget, first_split, scale, softcap,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), DIM=dim,
         DIM_PAD=triton.next_power_of_2(dim), SINKS=sinks, RECENT=recent, SPLITS=pieces.splits, CHUNK=chunk,
@@ -126,7 +132,7 @@ def _attend_kernel(
         b_query = b_query.to(tl.float32)
     p_rows = slots + i_b * slots_b + i_h * slots_h
     p_tokens = tokens + i_bh.to(tl.int64) * budget
-    p_map = slot_of_token + i_b * map_b + i_h * map_h
+    p_map = None if slot_of_token is None else slot_of_token + i_b * map_b + i_h * map_h
 
     # A part's block may have no row at all, and minus infinity less itself is no number.
     b_top = tl.full([GROUP_PAD], float("-inf") if PART == 0 else -1e30, tl.float32)
@@ -170,8 +176,9 @@ def _places(
     m_n = o_n < last
     o_k = o_n - n_sinks
     m_k = m_n & (o_k >= 0) & (o_k < count)
-    b_token = tl.load(p_tokens + o_k, mask=m_k, other=0)  # [BLOCK]
-    b_slot = tl.load(p_map + b_token, mask=m_k, other=0)
+    b_slot = tl.load(p_tokens + o_k, mask=m_k, other=0)  # [BLOCK]
+    if p_map is not None:
+        b_slot = tl.load(p_map + b_slot, mask=m_k, other=0)
     if PART == 1:
         m_n = m_n & (~m_k | (tl.load(p_stamps + 2 * b_slot + 1, mask=m_k, other=0) != 2 * now + phase))
     elif PART == 2:

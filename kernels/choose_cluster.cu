@@ -1,5 +1,5 @@
-// Sticky selection's second part: the best of the candidates that admit_cluster.cu listed, in token order, and
-// the stamps of their slots.
+// Sticky selection's second part: the best of the candidates that admit_cluster.cu listed, in token order, their
+// slots, and the stamps of these.
 //
 // A thread block cluster for each (sequence, KV head), choosing as select_cluster.cu does.
 //
@@ -23,11 +23,11 @@ __device__ void load_keys(const float* scores, int n, unsigned* keys, Shared& sh
     }
 }
 
-// Write the chosen candidates in order, from tokens[place] on, a lane each; attended: to the history too, and stamp
-// their slots with the step `now`. candidates: this CTA's n.
+// Write the chosen candidates in order, from tokens[place] on, a lane each; attended: to the history too, and their
+// slots, stamped with the step `now`, to slots. candidates: this CTA's n.
 __device__ void write_chosen(
-    const int* candidates, const unsigned* chosen, int n, int place, int* tokens, unsigned char* history,
-    const int* slot_of_token, Stamp* stamps, int now, bool attended, Shared& shared) {
+    const int* candidates, const unsigned* chosen, int n, int place, int* tokens, int* slots,
+    unsigned char* history, const int* slot_of_token, Stamp* stamps, int now, bool attended, Shared& shared) {
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, words = (n + 31) / 32, each = (words + WARPS - 1) / WARPS;
     int from = min(warp * each, words), to = min(from + each, words), count = 0;
     for (int word = from + lane; word < to; word += 32) count += __popc(chosen[word]);
@@ -47,17 +47,18 @@ __device__ void write_chosen(
         for (int j = 0; j < AT_ONCE; ++j) slot[j] = attended && token[j] >= 0 ? slot_of_token[token[j]] : -1;
 #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j) {
-            if (token[j] >= 0) tokens[place + __popc(bits[j] & ((1u << lane) - 1u))] = token[j];
+            int to = place + __popc(bits[j] & ((1u << lane) - 1u));
             place += __popc(bits[j]);
+            if (token[j] >= 0) tokens[to] = token[j];
             if (slot[j] >= 0) stamps[slot[j]].attended = now;
-            if (attended && token[j] >= 0) history[token[j]] |= 1;
+            if (attended && token[j] >= 0) slots[to] = slot[j], history[token[j]] |= 1;
         }
     }
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS) choose_cluster(
     const int* candidates, const float* candidate_scores, const int* candidate_counts, const int* budgets,
-    unsigned char* history, int* tokens, int* counts, const int* slot_of_token, Stamp* stamps, const int* step,
+    unsigned char* history, int* tokens, int* counts, int* slots, const int* slot_of_token, Stamp* stamps, const int* step,
     unsigned long long* counters, int kv_heads, int listed_max, int pitch, int sinks, int attended, int k_max,
     int capacity, int n_slots, int phase) {
     extern __shared__ __align__(16) unsigned dynamic[];
@@ -69,7 +70,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     int first = rank * share, n = max(min(share, count - first), 0);
     unsigned *keys = dynamic, *chosen = keys + share;
     candidates += row * listed_max, candidate_scores += row * listed_max;
-    history += row * pitch, tokens += row * k_max;
+    history += row * pitch, tokens += row * k_max, slots += row * k_max;
     slot_of_token += row * capacity, stamps += row * n_slots;
     counters += blockIdx.z * 8 + phase * 4;  // [B, 2, 4]
     int now = *step;
@@ -79,8 +80,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     Part part = {keys, n, first};
     int lower = choose_best(part, k, rank, chosen, shared, [](int) { return ALL; });
     cluster_arrive_relaxed();  // this thread reads no other CTA's memory below
-    write_chosen(candidates + first, chosen, n, lower, tokens, history - sinks, slot_of_token, stamps, now, attended,
-                 shared);
+    write_chosen(candidates + first, chosen, n, lower, tokens, slots, history - sinks, slot_of_token, stamps, now,
+                 attended, shared);
     for (int i = k + rank * THREADS + threadIdx.x; i < k_max; i += CLUSTER * THREADS) tokens[i] = -1;
     if (rank == 0 && threadIdx.x < 2) atomicAdd(counters + threadIdx.x, (unsigned long long)k);  // SELECTED, HITS
     if (rank == 0 && threadIdx.x == 0) counts[row] = k;

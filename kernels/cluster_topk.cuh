@@ -11,7 +11,6 @@
 constexpr int WARPS = THREADS / 32;
 constexpr int BIN_BITS = 11, BINS = 1 << BIN_BITS;  // 12 take 3 us longer, and 7 in a sticky selection (H100)
 constexpr int SLICES = 32, SLICE = BINS / SLICES;  // of the histogram: summed first, and one read bin by bin
-constexpr int AGES = 8;                // steps that a token's byte of history remembers
 // A bin of 262,144 random tokens has up to a thousand: a second histogram and pass over the keys would be 10 us.
 constexpr int LIST = 1024;
 // Scores are log 2 of a weight over the recent tokens': bins of 1/64 from 2^-28 of it (nothing) to 2^4. A cut
@@ -26,9 +25,6 @@ struct Shared {
     unsigned long long list[LIST];        // of this CTA's tokens, those in the range; read by the other CTAs
     int listed, chosen;                   // how many those are, and this CTA's chosen ones; read by the others
     int lower_chosen;                     // the chosen ones of lower CTAs
-    int ages[AGES];                       // of sticky selection: this CTA's tokens selected 1, 2, ... steps ago
-    int members, lower_members, all_members;  // and the members among this CTA's, lower CTAs' and all tokens
-    unsigned remembered;                  // bits of the steps whose tokens are members
     int warp_marked[WARPS];
 };
 
@@ -71,8 +67,7 @@ __device__ void clear_histogram(Shared& shared) {
 
 __device__ void clear_counts(Shared& shared) {
     clear_histogram(shared);
-    if (threadIdx.x == 0) shared.listed = 0, shared.chosen = 0, shared.members = 0;
-    if (threadIdx.x < AGES) shared.ages[threadIdx.x] = 0;
+    if (threadIdx.x == 0) shared.listed = 0, shared.chosen = 0;
     __syncthreads();
 }
 

@@ -1,6 +1,14 @@
 // Which of a CTA's tokens are members, from the history that kernels/history.py describes: a byte a token.
 //
-// Compile-time: CLUSTER and THREADS. cluster.cuh, order_key.cuh and cluster_topk.cuh go before this text.
+// Compile-time: CLUSTER and THREADS. cluster.cuh and order_key.cuh go before this text.
+
+constexpr int AGES = 8;  // steps that a token's byte of history remembers
+
+struct Members {
+    int ages[AGES];  // this CTA's tokens selected last 1, 2, ... steps ago; read by the other CTAs
+    int mine, lower, all;  // the members among this CTA's tokens (read by the others), lower CTAs' and all
+    unsigned remembered;   // bits of the steps whose tokens are members
+};
 
 // A CTA's history is read 16 tokens at a time; its first entry is at a multiple of 16 bytes.
 constexpr int VECTOR = 16;
@@ -18,7 +26,7 @@ __device__ unsigned minus_bytes(unsigned bytes) {
 
 // Copy the history of this CTA's tokens to past [n / 16 rounded up], zeros past the last, and count them by age: how
 // many steps ago they were selected last, which is a byte's lowest bit.
-__device__ void load_past(const unsigned char* history, int n, uint4* past, Shared& shared) {
+__device__ void load_past(const unsigned char* history, int n, uint4* past, Members& members) {
     unsigned counts[AGES] = {};  // four sums of a byte each: a thread has at most 112 tokens (56 K keys fill an SM)
 #pragma unroll 2
     for (int i = threadIdx.x; i * VECTOR < n; i += THREADS) {
@@ -36,35 +44,36 @@ __device__ void load_past(const unsigned char* history, int n, uint4* past, Shar
 #pragma unroll
     for (int age = 0; age < AGES; ++age) {
         int count = __reduce_add_sync(ALL, (int)(counts[age] * 0x01010101u >> 24));
-        if (threadIdx.x % 32 == 0 && count) atomicAdd(&shared.ages[age], count);
+        if (threadIdx.x % 32 == 0 && count) atomicAdd(&members.ages[age], count);
     }
 }
 
-// Warp 0: the bits of as many steps as have together at most `limit` tokens, one step at least, to
-// shared.remembered, and how many tokens they have to shared.all_members.
-__device__ void find_remembered(Shared& shared, int limit) {
+// Warp 0: the bits of as many steps as have together at most `limit` tokens, one step at least, and how many tokens
+// they have.
+__device__ void find_remembered(Members& members, int limit) {
     int lane = threadIdx.x, counts[AGES];
 #pragma unroll
     for (int age = 0; age < AGES; ++age)
-        counts[age] = lane < CLUSTER ? (int)remote_load(&shared.ages[age], lane) : 0;
+        counts[age] = lane < CLUSTER ? (int)remote_load(&members.ages[age], lane) : 0;
     unsigned bits = 1;
-    int members = __reduce_add_sync(ALL, counts[0]);
-    for (int age = 1, upto = members; age < AGES; ++age) {
+    int all = __reduce_add_sync(ALL, counts[0]);
+    for (int age = 1, upto = all; age < AGES; ++age) {
         upto += __reduce_add_sync(ALL, counts[age]);
-        if (upto <= limit) bits |= 1u << age, members = upto;
+        if (upto <= limit) bits |= 1u << age, all = upto;
     }
-    if (lane == 0) shared.remembered = bits, shared.all_members = members;
+    if (lane == 0) members.remembered = bits, members.all = all;
 }
 
 // Four bytes, each 0 or 1, as four bits.
 __device__ unsigned bits_of_bytes(unsigned bytes) { return bytes * 0x01020408u >> 24 & 15; }
 
 // Of this CTA's tokens, those selected in one of the remembered steps to member_bits [n / 32], and their number to
-// shared.members. moves_on: what was selected a step ago was now selected two steps ago.
+// members.mine. moves_on: what was selected a step ago was now selected two steps ago.
 __device__ void mark_members(
-    const uint4* past, int n, unsigned char* history, bool moves_on, unsigned* member_bits, Shared& shared) {
-    unsigned mask = shared.remembered * 0x01010101u;
-    int members = 0;
+    const uint4* past, int n, unsigned char* history, bool moves_on, unsigned* member_bits,
+    Members& members) {
+    unsigned mask = members.remembered * 0x01010101u;
+    int mine = 0;
     for (int i = threadIdx.x; i * VECTOR < n; i += THREADS) {
         uint4 raw = past[i];
         unsigned words[4] = {raw.x, raw.y, raw.z, raw.w}, bits = 0;
@@ -76,7 +85,7 @@ __device__ void mark_members(
             words[word] = words[word] << 1 & 0xfefefefeu;
         }
         ((unsigned short*)member_bits)[i] = (unsigned short)bits;
-        members += __popc(bits);
+        mine += __popc(bits);
         if (!moves_on) continue;
         if ((i + 1) * VECTOR <= n) ((uint4*)history)[i] = {words[0], words[1], words[2], words[3]};
         else for (int j = 0; j < n - i * VECTOR; ++j) history[i * VECTOR + j] = words[j / 4] >> 8 * (j % 4);
@@ -84,6 +93,14 @@ __device__ void mark_members(
     // The last word's upper half, if no token is in it.
     int halves = (n + VECTOR - 1) / VECTOR;
     if (threadIdx.x == 0 && (halves & 1)) ((unsigned short*)member_bits)[halves] = 0;
-    members = __reduce_add_sync(ALL, members);
-    if (threadIdx.x % 32 == 0 && members) atomicAdd(&shared.members, members);
+    mine = __reduce_add_sync(ALL, mine);
+    if (threadIdx.x % 32 == 0 && mine) atomicAdd(&members.mine, mine);
+}
+
+// Warp 0: how many members lower CTAs have, after a barrier since they were counted. What it reads of other CTAs has
+// arrived at the next __syncthreads, since it is stored.
+__device__ void count_lower_members(Members& members, unsigned rank) {
+    int lane = threadIdx.x;
+    int lower = __reduce_add_sync(ALL, lane < (int)rank ? (int)remote_load(&members.mine, lane) : 0);
+    if (lane == 0) members.lower = lower;
 }

@@ -16,7 +16,7 @@ def sparse_attention(
     slots: torch.Tensor,
     tokens: torch.Tensor,
     counts: torch.Tensor,
-    slot_of_token: torch.Tensor,
+    slot_of_token: torch.Tensor | None,
     lengths: torch.Tensor,
     sinks: int,
     recent: int,
@@ -36,7 +36,7 @@ def sparse_attention_reference(
     slots: torch.Tensor,
     tokens: torch.Tensor,
     counts: torch.Tensor,
-    slot_of_token: torch.Tensor,
+    slot_of_token: torch.Tensor | None,
     lengths: torch.Tensor,
     sinks: int,
     recent: int,
@@ -48,8 +48,8 @@ def sparse_attention_reference(
 
     query [B, Hq, D]; slots [B, Hkv, sinks + recent + n_slots, 2 D]; tokens
     [B, Hkv, K] ascending and counts [B, Hkv] int32: the selection; slot_of_token
-    [B, Hkv, N] int32; lengths [B] int32, the current token included. softcap
-    bounds logits as softcap * tanh(x / softcap), 0 for none; sink_logits [Hq]
+    [B, Hkv, N] int32, or None where tokens are their slots; lengths [B] int32, the current token
+    included. softcap bounds logits as softcap * tanh(x / softcap), 0 for none; sink_logits [Hq]
     are learned logits that take mass without a value (GPT-OSS). A sequence of
     length 0 (an empty place) has nothing to attend to and gets zeros.
     """
@@ -63,7 +63,8 @@ def sparse_attention_reference(
         sink = torch.arange(min(sinks, length), device=query.device)
         for h in range(kv_heads):
             chosen = tokens[b, h, : int(counts[b, h])].long()
-            where = torch.cat([sink, slot_of_token[b, h, chosen].long() + first_slot, ring])
+            own = chosen if slot_of_token is None else slot_of_token[b, h, chosen].long()
+            where = torch.cat([sink, own + first_slot, ring])
             rows = slots[b, h, where].float()  # [n, 2 D]
             group = slice(h * heads // kv_heads, (h + 1) * heads // kv_heads)
             logits = query[b, group].float() @ rows[:, :dim].T * scale  # [G, n]
@@ -81,7 +82,7 @@ def sparse_attention_triton(
     slots: torch.Tensor,
     tokens: torch.Tensor,
     counts: torch.Tensor,
-    slot_of_token: torch.Tensor,
+    slot_of_token: torch.Tensor | None,
     lengths: torch.Tensor,
     sinks: int,
     recent: int,

@@ -33,8 +33,9 @@ class Sticky:
             batch, kv_heads, capacity, n_slots or most, problem.k_max, problem.device
         )
         self.entering, self.selection = problem.empty_selection(), problem.empty_selection()
+        self.slots = torch.empty_like(self.selection[0])
         self.candidates = empty_candidates(batch, kv_heads, most, problem.device)
-        for written in (*self.entering, *self.selection, *self.candidates):
+        for written in (*self.entering, *self.selection, self.slots, *self.candidates):
             written.fill_(55)
         self.step = torch.ones(1, dtype=torch.int32, device=problem.device)
 
@@ -45,7 +46,7 @@ class Sticky:
         return twin
 
     def tensors(self):
-        lists = (*self.entering, *self.selection, *self.candidates)
+        lists = (*self.entering, *self.selection, self.slots, *self.candidates)
         return (self.history, *vars(self.resident).values(), *lists, self.step)
 
     @property
@@ -66,7 +67,7 @@ class Sticky:
         resident = self.resident
         lists = (self.candidates, self.problem.budgets, SINKS, self.history, attended, *self.selection)
         stamps = (resident.slot_of_token, resident.stamps, self.step, phase, resident.counters)
-        run(*lists, *stamps)
+        run(*lists, self.slots, *stamps)
 
 
 def check_admission(before, after, new_rows, attended, phase):
@@ -141,6 +142,7 @@ def check_what_is_new(before, after, new_rows, step):
             assert step == 0 or int((~members[chosen - SINKS]).sum()) <= new_rows
             slots = after.resident.slot_of_token[b, h, chosen]
             assert (slots >= 0).all()
+            assert torch.equal(after.slots[b, h, :count], slots)
             assert (after.resident.stamps[b, h, slots.long(), 0] == int(after.step)).all()
     selected = (after.resident.counters - before.resident.counters)[:, 1]
     assert torch.equal(selected[:, SELECTED], counts.sum(1))

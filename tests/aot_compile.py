@@ -98,7 +98,14 @@ def scores(bits: int, channels: int, group: int, group_pad: int, pack: int, bloc
 
 
 def attend(
-    dtype: str, dim: int, dim_pad: int, group_pad: int, block: int, softcap: bool = False, part: int = 0
+    dtype: str,
+    dim: int,
+    dim_pad: int,
+    group_pad: int,
+    block: int,
+    softcap: bool = False,
+    part: int = 0,
+    by_slots: bool = False,
 ) -> Case:
     pointers = dict.fromkeys(("query", "slots"), f"*{dtype}") | {"scale": "fp32", "softcap": "fp32"}
     pointers |= dict.fromkeys(("tokens", "counts", "slot_of_token", "lengths"), "*i32")
@@ -106,6 +113,9 @@ def attend(
     sizes = {"KV_HEADS": 8, "GROUP": 4, "GROUP_PAD": group_pad, "DIM": dim, "DIM_PAD": dim_pad, "SINKS": 4}
     sizes |= {"RECENT": 64, "SPLITS": 52, "CHUNK": 320, "BLOCK": block, "SOFTCAP": softcap}
     sizes |= {"UPCAST": False, "STAGES": 4, "PART": part}
+    if by_slots:
+        del pointers["slot_of_token"]
+        sizes["slot_of_token"] = None
     if part:
         pointers |= {"stamps": "*i32", "step": "*i32"}
     else:
@@ -212,7 +222,8 @@ CASES = [
     attend("bf16", 128, 128, 16, 32),
     attend("fp16", 80, 128, 16, 32, softcap=True),
     attend("fp32", 256, 256, 16, 16),
-    attend("bf16", 128, 128, 16, 32, part=1),
+    attend("bf16", 128, 128, 16, 32, by_slots=True),
+    attend("bf16", 128, 128, 16, 32, part=1, by_slots=True),
     attend("bf16", 128, 128, 16, 32, part=2),
     attend("bf16", 16, 16, 16, 128),
     combine("bf16", 128, has_sink=False),

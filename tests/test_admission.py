@@ -28,7 +28,7 @@ def in_two_parts(scores, budgets, new_rows, lengths, sinks, recent, history, att
     fixed = (budgets, new_rows, lengths, sinks, recent)
     admit_reference(scores, *fixed, history, attended, *entering, candidates)
     slots = Resident.empty(batch, kv_heads, capacity, 1, 1, "cpu")
-    rest = (slots.slot_of_token, slots.stamps, torch.ones(1), 1, slots.counters)
+    rest = (torch.empty_like(tokens), slots.slot_of_token, slots.stamps, torch.ones(1), 1, slots.counters)
     choose_reference(candidates, budgets, sinks, history, attended, tokens, counts, *rest)
 
 

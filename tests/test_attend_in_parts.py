@@ -9,7 +9,7 @@ from offload_runtime.kernels.attend_pieces import Inputs
 from offload_runtime.kernels.sparse_decode import sparse_attention_reference
 
 from .models import logits_of, offloaded, random_ids, random_llama
-from .test_kernels_triton import RECENT, SINKS, TOLERANCE, attention_inputs, with_rows_moved
+from .test_kernels_triton import RECENT, SINKS, TOLERANCE, attention_inputs, by_slots, with_rows_moved
 
 STEP, PHASE = 5, 1
 LENGTHS = [0, 1, 3, 7, 63, 127, 1000]
@@ -44,11 +44,13 @@ def with_stamps(inputs, share, generator):
 
 
 def in_parts(inputs, lists, scale, softcap=0.0, sink_logits=None, new_rows=40):
-    query, slots, tokens, counts, *places = inputs
+    query, slots, _, counts, *places = inputs
     entering, entering_counts, stamps = lists
     step = torch.tensor([STEP], dtype=torch.int32, device=query.device)
     shared = Inputs(query, slots, *places, scale, softcap)
-    pieces = attend_to_members(shared, tokens, counts, stamps, step, PHASE, new_rows)
+    _, _, listed, *_ = by_slots(inputs)  # as the runtime does, where every selected token has a slot
+    members = shared._replace(slot_of_token=None)
+    pieces = attend_to_members(members, listed, counts, stamps, step, PHASE, new_rows)
     return attend_to_entered(shared, entering, entering_counts, stamps, step, new_rows, pieces, sink_logits)
 
 

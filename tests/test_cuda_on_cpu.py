@@ -110,11 +110,22 @@ def choose(backwards, ctas=CLUSTER):
     """Runs like choose_in_clusters."""
 
     def run(
-        candidates, budgets, sinks, history, attended, tokens, counts, slot_of_token, stamps, step, phase,
-        counters,
+        candidates, budgets, sinks, history, attended, tokens, counts, slots, slot_of_token, stamps, step,
+        phase, counters,
     ):  # fmt: skip
         batch, kv_heads, k_max = tokens.shape
-        tensors = (*candidates, budgets, history, tokens, counts, slot_of_token, stamps, step, counters)
+        tensors = (
+            *candidates,
+            budgets,
+            history,
+            tokens,
+            counts,
+            slots,
+            slot_of_token,
+            stamps,
+            step,
+            counters,
+        )
         sizes = (kv_heads, candidates.tokens.shape[-1], history.shape[-1], sinks, attended, k_max)
         sources = ("order_key.cuh", "cluster_topk.cuh", "resolve_list.cuh")
         library = kernel("choose_cluster", sources, {"CLUSTER": ctas})

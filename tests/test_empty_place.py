@@ -118,7 +118,9 @@ def test_the_cluster_kernel_selects_nothing(sticky):
         admit_in_clusters(*arguments, 3, lengths, *fixed, *lists, *slots)
         assert resident.miss_counts.tolist() == [[0] * 2, [BUDGET] * 2, [0] * 2]
         stamps = (resident.slot_of_token, resident.stamps, step, 1, resident.counters)
-        choose_in_clusters(candidates, budgets, SINKS, history, True, tokens, counts, *stamps)
+        choose_in_clusters(
+            candidates, budgets, SINKS, history, True, tokens, counts, torch.empty_like(tokens), *stamps
+        )
         assert entering[1].tolist() == candidates.counts.tolist() == counts.tolist()
     else:
         select_by_labels_cluster(*arguments, lengths, *fixed, tokens, counts)

@@ -232,6 +232,20 @@ def test_attention_pieces_of_any_number_of_blocks(programs, device):
     torch.testing.assert_close(got, want, **TOLERANCE[torch.float32])
 
 
+def by_slots(inputs):
+    """attention_inputs with lists of the selected tokens' slots."""
+    query, slots, tokens, counts, slot_of_token, *rest = inputs
+    listed = slot_of_token.gather(-1, tokens.long().clamp_min(0))
+    return query, slots, listed, counts, None, *rest
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_by_slots_has_the_bits_of_that_by_tokens(dtype, device):
+    inputs = attention_inputs([0, 1, 7, 127, 1000], 100, 4, 64, dtype, device)
+    for run in (sparse_attention_reference, sparse_attention_triton):
+        assert torch.equal(run(*by_slots(inputs), 0.125), run(*inputs, 0.125))
+
+
 def with_rows_moved(inputs):
     """attention_inputs with the resident rows in other slots, and the new slot of each."""
     query, slots, tokens, counts, slot_of_token, *rest = inputs
