@@ -41,13 +41,6 @@ __device__ unsigned remote_load(const void* local, unsigned rank) {
     return value;
 }
 
-__device__ void remote_add(const void* local, unsigned rank, unsigned value) {
-    asm volatile("red.relaxed.cluster.shared::cluster.add.u32 [%0], %1;"
-                 :
-                 : "r"(remote_address(local, rank)), "r"(value)
-                 : "memory");
-}
-
 __device__ unsigned long long remote_load_u64(const void* local, unsigned rank) {
     unsigned long long value;
     asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(value) : "r"(remote_address(local, rank)) : "memory");

@@ -26,15 +26,14 @@ ADMITTING_SOURCES = (*SCORING_SOURCES, "member_bits.cuh", "resolve_list.cuh")
 def label_defines(channels: int, bits: int, group: int) -> tuple[tuple[str, int], ...]:
     """What a kernel that scores labels of one format is compiled for."""
     words = max(1, channels * bits // 128)  # 32-bit words a lane holds of one token
-    # Two steps of 4 tokens a lane in flight and two more behind them, within 64 registers for
-    # the usual labels, so that two CTAs fit an SM; wide labels fill the registers as they are.
+    # Two steps of 4 tokens a lane in flight, within 64 registers for the usual labels, so that an SM
+    # holds 1,024 threads; wide labels fill the registers as they are.
     narrow = words <= 2
     return (
         ("CHANNELS", channels),
         ("BITS", bits),
         ("GROUP", group),
         ("STEPS", 2 if words == 1 else 1),
-        ("PREFETCH", int(narrow)),
         ("RESIDENT_THREADS", 1024 if narrow and group <= 4 else 512),
     )
 

@@ -155,7 +155,7 @@ __device__ Range find_range(Part part, int& wanted, Shared& shared, Eligible eli
 template <class Eligible>
 __device__ void collect(Part part, Range range, unsigned* chosen, Shared& shared, Eligible eligible) {
     int lane = threadIdx.x & 31, words = (part.n + 31) / 32, higher = 0;
-    unsigned low = range.low >> 32, high = range.high >> 32;  // keys; which of these two's tokens: below
+    unsigned low = range.low >> 32, high = range.high >> 32;  // keys; only tokens of these two need the whole order
     for (int first = threadIdx.x - lane; first < words; first += THREADS) {  // 32 words a warp, one a lane
         unsigned above = 0, inside = 0;
 #pragma unroll 4

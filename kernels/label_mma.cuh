@@ -159,7 +159,8 @@ struct Batch {
     unsigned words[STEPS][4][WORDS], pair[STEPS];
 };
 
-// What is left of 32 tokens' codes when they are multiplied: for 4 tokens a quad lane's head, and the own token's pair.
+// A step's products that a lane has: of its quad lane's head with the tokens 8 j + lane / 4, before scale and offset;
+// and the (scale, offset) pair of the token that it will score.
 struct Dots {
     float rows[HEAD_TILES][4];
     unsigned pair;

@@ -87,8 +87,11 @@ __device__ void mark_members(
         ((unsigned short*)member_bits)[i] = (unsigned short)bits;
         mine += __popc(bits);
         if (!moves_on) continue;
-        if ((i + 1) * VECTOR <= n) ((uint4*)history)[i] = {words[0], words[1], words[2], words[3]};
-        else for (int j = 0; j < n - i * VECTOR; ++j) history[i * VECTOR + j] = words[j / 4] >> 8 * (j % 4);
+        if ((i + 1) * VECTOR <= n) {
+            ((uint4*)history)[i] = {words[0], words[1], words[2], words[3]};
+        } else {  // what lies past the last token stays
+            for (int j = 0; j < n - i * VECTOR; ++j) history[i * VECTOR + j] = words[j / 4] >> 8 * (j % 4);
+        }
     }
     // The last word's upper half, if no token is in it.
     int halves = (n + VECTOR - 1) / VECTOR;

@@ -9,10 +9,9 @@
 // Scores are in units of log 2 and differ from label_scores_reference by rounding only.
 //
 // Compile-time: CHANNELS (16, 32, 64, 128), BITS (4, 8, 16), GROUP (query heads a KV head), THREADS,
-// CLUSTER (8 or 16), STEPS (32-token steps a warp loads at once), PREFETCH (1: load the
-// next STEPS while scoring these), RESIDENT_THREADS (that an SM must be able to hold, which bounds registers).
-// cluster.cuh, order_key.cuh, label_mma.cuh, cluster_topk.cuh and score_tokens.cuh go before this text. No
-// includes: nvrtc needs no header path.
+// CLUSTER (8 or 16), STEPS (32-token steps a warp loads at once), RESIDENT_THREADS (that an SM must be able to hold,
+// which bounds the registers). cluster.cuh, order_key.cuh, label_mma.cuh, cluster_topk.cuh and score_tokens.cuh go
+// before this text. No includes: nvrtc needs no header path.
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, RESIDENT_THREADS / THREADS)
     select_cluster(

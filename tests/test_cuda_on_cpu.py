@@ -71,7 +71,7 @@ def problem_on_cpu(lengths, capacity, budgets):
     return Problem(lengths, capacity, budgets, device="cpu")
 
 
-LABELS = {"CHANNELS": 32, "BITS": 4, "GROUP": 4, "STEPS": 2, "PREFETCH": 1, "RESIDENT_THREADS": 1024}
+LABELS = {"CHANNELS": 32, "BITS": 4, "GROUP": 4, "STEPS": 2, "RESIDENT_THREADS": 1024}
 SCORING = ("order_key.cuh", "label_scores.h", "cluster_topk.cuh", "score_tokens.cuh")
 
 

@@ -193,7 +193,6 @@ static T* of_cta(const T* local, unsigned rank) {
     return (T*)(cluster->ctas[rank].shared.get() + offset);
 }
 static unsigned remote_load(const void* local, unsigned rank) { return *of_cta((const unsigned*)local, rank); }
-static void remote_add(const void* local, unsigned rank, unsigned value) { *of_cta((unsigned*)local, rank) += value; }
 static unsigned long long remote_load_u64(const void* local, unsigned rank) {
     return *of_cta((const unsigned long long*)local, rank);
 }
