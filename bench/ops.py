@@ -131,7 +131,7 @@ def bench_select(shape: Shape, bits: int, channels: int, budget: int, new_rows: 
     # Labels of spread 1, as of random keys, and scores within the range of the selection's bins.
     scales = torch.tensor([0.22, -1.63], device="cuda").half().expand(b, h, n, 2).contiguous()
     query = torch.randn(b, shape.heads, channels, device="cuda")
-    offsets = torch.full((b, shape.heads), 10.0, device="cuda")
+    offsets = torch.full((b, shape.heads), 25.0, device="cuda")
     tokens, counts = torch.full((b, h, budget), -1, **INT32), torch.zeros(b, h, **INT32)
     budgets, fixed = torch.full((b, h), budget, **INT32), (shape.sinks, shape.recent)
     moved = b * h * n * (width * codes[0].element_size() + 4 * (bits < 16)) + 4 * b * h * budget
