@@ -19,7 +19,7 @@ from .calibration import Calibration
 from .calibration_collect import MIN_RECALL, attend, selection_recall
 from .calibration_shift import SKIPPED_TOKENS
 from .input_guess import Guesses, InputCorrection, Parts, guess_rank
-from .products import query_projections
+from .products import query_projection
 
 RIDGE = 1e-3  # of the mean square of the input; 8 x 4,096 tokens fit 576 inputs and more
 # Of a subspace of twice the rank: a direction is found to (its 2 R-th eigenvalue / its own)^4.
@@ -83,7 +83,7 @@ def query_metric(adapter: ModelAdapter, index: int, width: int) -> torch.Tensor:
 
     The identity where the projection is not a plain linear layer: packed, or fused with that of keys.
     """
-    projection = query_projections(adapter.attentions).get(index)
+    projection = query_projection(adapter.attentions[index])
     if projection is None:
         return torch.eye(width)
     wide = projection.weight.detach().float()  # [Hq D, E]

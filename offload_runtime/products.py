@@ -96,8 +96,13 @@ def plain_linears(module: Any, names: Iterable[str]) -> list[nn.Linear]:
 
 def query_projections(attentions: Sequence[Any]) -> dict[int, nn.Linear]:
     """The plain query projections by layer, where attention modules have one of its own."""
-    found = {index: plain_linears(attention, QKV[:1]) for index, attention in enumerate(attentions)}
-    return {index: linears[0] for index, linears in found.items() if linears}
+    found = {index: query_projection(attention) for index, attention in enumerate(attentions)}
+    return {index: linear for index, linear in found.items() if linear is not None}
+
+
+def query_projection(attention: Any) -> nn.Linear | None:
+    """An attention module's, None where it is not a plain linear layer of its own."""
+    return next(iter(plain_linears(attention, QKV[:1])), None)
 
 
 def joint_products(linears: Sequence[nn.Linear], x: torch.Tensor, tile: Tile | None) -> list[torch.Tensor]:

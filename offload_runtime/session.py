@@ -84,7 +84,7 @@ class Session:
         self.cached_ids: list[torch.Tensor] = [torch.empty(0, dtype=torch.long)] * batch
         self.kept_tokens = 0  # of the last prefill: tokens that were cached already
         self.long_rotary = False  # which frequencies the cached keys were turned by, where there are two
-        self.calibrate(calibration)
+        self._set_maps(calibration)
 
     def _make_cache(self, window: int) -> LayerCache | WindowCache:
         device = self.adapter.device
@@ -95,8 +95,11 @@ class Session:
 
     def calibrate(self, calibration: Calibration) -> None:
         """Give every offloaded layer its label maps; labels made before are of no use afterwards."""
-        self.calibration = calibration
         self.correction.set(calibration.input_shift, calibration.guesses)
+        self._set_maps(calibration)
+
+    def _set_maps(self, calibration: Calibration) -> None:
+        self.calibration = calibration
         for index, cache in self.offloaded.items():
             maps = (calibration.query_map, calibration.key_map, calibration.key_mean)
             cache.maps.set(*(part[index] for part in maps))

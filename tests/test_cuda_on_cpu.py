@@ -114,18 +114,8 @@ def choose(backwards, ctas=CLUSTER):
         phase, counters,
     ):  # fmt: skip
         batch, kv_heads, k_max = tokens.shape
-        tensors = (
-            *candidates,
-            budgets,
-            history,
-            tokens,
-            counts,
-            slots,
-            slot_of_token,
-            stamps,
-            step,
-            counters,
-        )
+        lists = (tokens, counts, slots)
+        tensors = (*candidates, budgets, history, *lists, slot_of_token, stamps, step, counters)
         sizes = (kv_heads, candidates.tokens.shape[-1], history.shape[-1], sinks, attended, k_max)
         sources = ("order_key.cuh", "cluster_topk.cuh", "resolve_list.cuh")
         library = kernel("choose_cluster", sources, {"CLUSTER": ctas})
