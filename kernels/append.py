@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .early_launch import early_launch, wait_for_inputs
+
 
 def append_rows(
     key: torch.Tensor,
@@ -68,7 +70,7 @@ def append_rows_triton(
         key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         slots.stride(0), slots.stride(1), target.stride(0), target.stride(1),
         KV_HEADS=kv_heads, DIM=dim, DIM_PAD=triton.next_power_of_2(dim), SINKS=sinks, RECENT=recent,
-        TO_HOST=to_host, num_warps=1,
+        TO_HOST=to_host, num_warps=1, **early_launch(key),
     )  # fmt: skip
 
 
@@ -77,8 +79,9 @@ def _append_rows_kernel(
     key, value, lengths, slots, host_rows,
     key_b, key_h, value_b, value_h, slots_b, slots_h, host_b, host_h,
     KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    SINKS: tl.constexpr, RECENT: tl.constexpr, TO_HOST: tl.constexpr,
+    SINKS: tl.constexpr, RECENT: tl.constexpr, TO_HOST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
     i_b = (tl.program_id(0) // KV_HEADS).to(tl.int64)
     i_h = (tl.program_id(0) % KV_HEADS).to(tl.int64)
     position = tl.load(lengths + i_b).to(tl.int64) - 1

@@ -12,6 +12,10 @@ import triton
 from .attend_pieces import ENTERED, MEMBERS, Inputs, attend_pieces, block_rows, cut
 from .combine_pieces import Pieces, combine_pieces, empty_pieces
 
+# As PROGRAMS and the rest of attend_pieces.py. Each row's stamp is looked up besides: smaller blocks and more
+# loads ahead hide that.
+EARLY_PROGRAMS, BLOCK_BYTES = 512, 8192
+LOADS: dict[str, int] = {"num_stages": 4, "num_warps": 4}
 # Programs of the second part: two for each of an H100's 132 SMs, since few blocks are left and each program
 # waits for its first. Half as many take as long (two_parts_h200.json).
 LATE_PROGRAMS = 264
@@ -36,10 +40,11 @@ def attend_to_members(
     stamps, step and phase: as the selection's resolve_reference had them; new_rows: that may enter at most
     steps. With attend_to_entered, the reference is sparse_attention_reference of the whole selection.
     """
-    lists, block = tokens.shape[0] * tokens.shape[1], block_rows(inputs.slots)
-    chunk, splits = cut(inputs.sinks + tokens.shape[2] + inputs.recent, lists, block)
+    lists, block = tokens.shape[0] * tokens.shape[1], block_rows(inputs.slots, BLOCK_BYTES)
+    chunk, splits = cut(inputs.sinks + tokens.shape[2] + inputs.recent, lists, block, EARLY_PROGRAMS)
     pieces = empty_pieces(inputs.query, splits + late_splits(new_rows, lists, block))
-    attend_pieces(inputs, tokens, counts, pieces, 0, splits, chunk, block, MEMBERS, stamps, step, phase)
+    part = (MEMBERS, stamps, step, phase)
+    attend_pieces(inputs, tokens, counts, pieces, 0, splits, chunk, block, *part, **LOADS)
     return pieces
 
 
@@ -54,10 +59,11 @@ def attend_to_entered(
     sink_logits: torch.Tensor | None,
 ) -> torch.Tensor:
     """What is selected of entering [B, Hkv, K] (counts [B, Hkv]); the output [B, Hq, D] of both parts."""
-    lists, block = entering.shape[0] * entering.shape[1], block_rows(inputs.slots)
+    lists, block = entering.shape[0] * entering.shape[1], block_rows(inputs.slots, BLOCK_BYTES)
     splits = late_splits(new_rows, lists, block)
     first = pieces.splits - splits
-    attend_pieces(inputs, entering, counts, pieces, first, splits, block, block, ENTERED, stamps, step)
+    part = (ENTERED, stamps, step)
+    attend_pieces(inputs, entering, counts, pieces, first, splits, block, block, *part, **LOADS)
     out = torch.empty_like(inputs.query, memory_format=torch.contiguous_format)
     combine_pieces(pieces, sink_logits, out)
     return out

@@ -11,13 +11,15 @@ import triton
 import triton.language as tl
 
 from .combine_pieces import Pieces
+from .early_launch import launch_in_turn, wait_for_inputs
 
 # Which rows of a list (resident ones are known by their slots' stamps, of residency.py): all of sinks,
 # selection and ring; of these all but what just entered; or of a list of what may enter, what is selected.
 WHOLE, MEMBERS, ENTERED = 0, 1, 2
-# Pieces in all, four for each of an H100's 132 SMs, and bytes of keys that a program reads at a time. They
-# take 34.7 us for 16,384 rows of 8 heads at 262,144 tokens, 16,384 bytes in two stages 44.3 (H100).
-PROGRAMS, BLOCK_BYTES = 512, 8192
+# Pieces in all, four for each of an H100's 132 SMs; bytes of keys that a program reads at a time; blocks on
+# their way; warps. With 512, 8192, 4 and 4 they take 27.7 us by slots and 28.4 by tokens for 16,384 rows of 8
+# heads at 262,144 tokens, 8.6 and 9.3 for 2,048; with these 24.6, 28.0, 7.6, 7.8 (attention_early_h200.json).
+PROGRAMS, BLOCK_BYTES, STAGES, WARPS = 528, 16384, 2, 2
 
 
 class Inputs(NamedTuple):
@@ -63,8 +65,8 @@ def attend_pieces(
     stamps: torch.Tensor | None = None,
     step: torch.Tensor | None = None,
     phase: int = 0,
-    num_stages: int = 4,
-    num_warps: int = 4,
+    num_stages: int = STAGES,
+    num_warps: int = WARPS,
 ) -> None:
     """Write the results of `splits` pieces of lists, a program each, from first_split on.
 
@@ -81,6 +83,8 @@ def attend_pieces(
     assert tokens.is_contiguous()
     assert part == WHOLE or (stamps is not None and stamps.is_contiguous())
     group = heads // kv_heads
+    # In turn: places taken early would be those of the next layer's gather, which may start now (22 us later
+    # then, of 1,100; budget 1/16, exact, H200).
     _attend_kernel[(splits, batch * kv_heads)](
         query, slots, tokens, counts, slot_of_token, lengths, *pieces, stamps, step, phase,
         query.stride(0), query.stride(1), slots.stride(0), slots.stride(1),
@@ -90,7 +94,7 @@ def attend_pieces(
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), DIM=dim,
         DIM_PAD=triton.next_power_of_2(dim), SINKS=sinks, RECENT=recent, SPLITS=pieces.splits, CHUNK=chunk,
         BLOCK=block, PART=part, SOFTCAP=softcap != 0.0, UPCAST=not query.is_cuda, STAGES=num_stages,
-        num_warps=num_warps,
+        num_warps=num_warps, **launch_in_turn(query),
     )  # fmt: skip
 
 
@@ -101,10 +105,11 @@ def _attend_kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, SINKS: tl.constexpr, RECENT: tl.constexpr,
     SPLITS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
-    SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One piece of one KV head's list. PART, as the constants above: which rows, by their slots' stamps."""
     LOG2E: tl.constexpr = 1.4426950408889634
+    wait_for_inputs(EARLY)
     i_split = tl.program_id(0)
     i_bh = tl.program_id(1)
     i_b = (i_bh // KV_HEADS).to(tl.int64)

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .early_launch import early_launch, wait_for_inputs
+
 
 class Pieces(NamedTuple):
     """Results of the pieces of lists, float32.
@@ -41,7 +43,7 @@ def combine_pieces(pieces: Pieces, sink_logits: torch.Tensor | None, out: torch.
     _combine_kernel[(batch * heads, triton.cdiv(dim, block_d))](
         *pieces, sink_logits, out,
         HEADS=heads, DIM=dim, BLOCK_D=block_d, SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits),
-        HAS_SINK=sink_logits is not None, num_warps=4,
+        HAS_SINK=sink_logits is not None, num_warps=4, **early_launch(out),
     )  # fmt: skip
 
 
@@ -49,9 +51,10 @@ def combine_pieces(pieces: Pieces, sink_logits: torch.Tensor | None, out: torch.
 def _combine_kernel(
     partial, tops, sums, sink_logits, out,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, HAS_SINK: tl.constexpr,
+    SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, HAS_SINK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     LOG2E: tl.constexpr = 1.4426950408889634
+    wait_for_inputs(EARLY)
     i_bq = tl.program_id(0).to(tl.int64)
     o_s = tl.arange(0, SPLITS_PAD)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -56,11 +56,11 @@ def gated_triton(
 def _gated_kernel(
     x, gate, up, gate_bias, up_bias, out, rows, tokens, SILU: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TOKENS_PAD: tl.constexpr,
-    UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * ROWS
-    b_gate = row_sums(x, gate, first, rows, tokens, WIDTH, ROWS, BLOCK, TOKENS_PAD, UPCAST)
-    b_up = row_sums(x, up, first, rows, tokens, WIDTH, ROWS, BLOCK, TOKENS_PAD, UPCAST)
+    b_gate = row_sums(x, gate, first, rows, tokens, WIDTH, ROWS, BLOCK, TOKENS_PAD, UPCAST, EARLY)
+    b_up = row_sums(x, up, first, rows, tokens, WIDTH, ROWS, BLOCK, TOKENS_PAD, UPCAST, EARLY)
     o_t, o_n = tl.arange(0, TOKENS_PAD), first + tl.arange(0, ROWS)
     if gate_bias is not None:
         b_gate += tl.load(gate_bias + o_n, mask=o_n < rows, other=0.0).to(tl.float32)[None, :]

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .early_launch import early_launch, wait_for_inputs
+
 
 def code_width(channels: int, bits: int) -> int:
     """Elements of one token's codes: float16 numbers at 16 bits, else bytes."""
@@ -115,7 +117,7 @@ def make_labels_triton(
         keys.stride(0), keys.stride(1), keys.stride(2),
         codes.stride(0), codes.stride(1), scales.stride(0), scales.stride(1), tokens,
         KV_HEADS=kv_heads, DIM=dim, BLOCK_D=block_d,
-        R=channels, BITS=bits, BLOCK=block, num_warps=num_warps,
+        R=channels, BITS=bits, BLOCK=block, num_warps=num_warps, **early_launch(keys),
     )  # fmt: skip
 
 
@@ -124,8 +126,9 @@ def _make_labels_kernel(
     keys, key_map, key_mean, starts, codes, scales,
     keys_b, keys_h, keys_t, codes_b, codes_h, scales_b, scales_h, tokens,
     KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    R: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
     i_b = (tl.program_id(1) // KV_HEADS).to(tl.int64)
     i_h = (tl.program_id(1) % KV_HEADS).to(tl.int64)
     start = tl.load(starts + i_b).to(tl.int64)

@@ -8,12 +8,14 @@ The weights stay where they are. No atomics: the same input gives the same bits.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch.nn import functional
+
+from .early_launch import early_launch, wait_for_inputs
 
 MOST_MATRICES = 3
 LEAST_BLOCK = 16  # inputs that a matrix unit multiplies at once; with fewer the kernel does not compile
@@ -81,7 +83,7 @@ def products_triton(
     return outs
 
 
-def meta(x: torch.Tensor, tokens: int, tile: Tile) -> dict[str, int]:
+def meta(x: torch.Tensor, tokens: int, tile: Tile) -> dict[str, Any]:
     """What the kernels of this file are compiled for. Only the interpreter, in tests, has x on a CPU."""
     width = x.shape[-1]
     return {
@@ -92,6 +94,7 @@ def meta(x: torch.Tensor, tokens: int, tile: Tile) -> dict[str, int]:
         "UPCAST": x.dtype == torch.float32 or not x.is_cuda,  # the interpreter has no bfloat16 products
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
+        **early_launch(x),
     }
 
 
@@ -99,7 +102,7 @@ def meta(x: torch.Tensor, tokens: int, tile: Tile) -> dict[str, int]:
 def row_sums(
     x, weight, first, rows, tokens,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TOKENS_PAD: tl.constexpr,
-    UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """x [T, E] times `ROWS` rows of weight [N, E] from `first` on: float32 [T padded, ROWS]."""
     o_n = first + tl.arange(0, ROWS)
@@ -107,17 +110,14 @@ def row_sums(
     m_n = (o_n < rows)[:, None]
     p_weight = weight + o_n.to(tl.int64)[:, None] * WIDTH + o_k[None, :]  # [ROWS, BLOCK]
     if TOKENS_PAD == 1:
-        sums = tl.zeros([ROWS, BLOCK], tl.float32)
-        for start in range(0, WIDTH, BLOCK):
-            if WIDTH % BLOCK == 0:
-                b_weight = tl.load(p_weight + start, mask=m_n, other=0.0)
-                b_x = tl.load(x + start + o_k)  # [BLOCK]
-            else:
-                m_k = start + o_k < WIDTH
-                b_weight = tl.load(p_weight + start, mask=m_n & m_k[None, :], other=0.0)
-                b_x = tl.load(x + start + o_k, mask=m_k, other=0.0)
-            sums += b_weight.to(tl.float32) * b_x.to(tl.float32)[None, :]
+        b_weight = _weights(p_weight, m_n, 0, o_k, WIDTH, BLOCK)
+        wait_for_inputs(EARLY)
+        sums = b_weight.to(tl.float32) * _inputs(x, 0, o_k, WIDTH, BLOCK)[None, :]  # [ROWS, BLOCK]
+        for start in range(BLOCK, WIDTH, BLOCK):
+            b_weight = _weights(p_weight, m_n, start, o_k, WIDTH, BLOCK)
+            sums += b_weight.to(tl.float32) * _inputs(x, start, o_k, WIDTH, BLOCK)[None, :]
         return tl.sum(sums, 1)[None, :]  # [1, ROWS]
+    wait_for_inputs(EARLY)
     o_t = tl.arange(0, TOKENS_PAD)
     m_t = (o_t < tokens)[:, None]
     p_x = x + o_t[:, None] * WIDTH + o_k[None, :]  # [T padded, BLOCK]
@@ -133,12 +133,32 @@ def row_sums(
 
 
 @triton.jit
+def _weights(p_weight, m_n, start, o_k, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of some rows, from input `start` on: [ROWS, BLOCK]."""
+    if WIDTH % BLOCK == 0:
+        b_weight = tl.load(p_weight + start, mask=m_n, other=0.0)
+    else:
+        b_weight = tl.load(p_weight + start, mask=m_n & (start + o_k < WIDTH)[None, :], other=0.0)
+    return b_weight
+
+
+@triton.jit
+def _inputs(x, start, o_k, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Inputs of one token from `start` on, float32 [BLOCK]."""
+    if WIDTH % BLOCK == 0:
+        b_x = tl.load(x + start + o_k)
+    else:
+        b_x = tl.load(x + start + o_k, mask=start + o_k < WIDTH, other=0.0)
+    return b_x.to(tl.float32)
+
+
+@triton.jit
 def _one_product(
     x, weight, bias, out, first, rows, residual, tokens,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TOKENS_PAD: tl.constexpr,
-    UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    sums = row_sums(x, weight, first, rows, tokens, WIDTH, ROWS, BLOCK, TOKENS_PAD, UPCAST)
+    sums = row_sums(x, weight, first, rows, tokens, WIDTH, ROWS, BLOCK, TOKENS_PAD, UPCAST, EARLY)
     o_t, o_n = tl.arange(0, TOKENS_PAD), first + tl.arange(0, ROWS)
     mask = (o_t < tokens)[:, None] & (o_n < rows)[None, :]
     place = o_t[:, None] * rows + o_n[None, :]  # [T padded, ROWS]
@@ -155,7 +175,7 @@ def _products_kernel(
     x, weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, out_0, out_1, out_2, rows_0, rows_1, rows_2,
     residual, tokens,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TOKENS_PAD: tl.constexpr,
-    UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     i_block = tl.program_id(0)
     end_0 = tl.cdiv(rows_0, ROWS)
@@ -163,15 +183,15 @@ def _products_kernel(
     # A branch for each matrix, not a choice of pointers: what is known of each one's alignment stays known.
     if i_block < end_0:
         _one_product(x, weight_0, bias_0, out_0, i_block * ROWS, rows_0, residual, tokens,
-                     WIDTH, ROWS, BLOCK, TOKENS_PAD, UPCAST)  # fmt: skip
+                     WIDTH, ROWS, BLOCK, TOKENS_PAD, UPCAST, EARLY)  # fmt: skip
     elif i_block < end_1:
         if weight_1 is not None:
             _one_product(x, weight_1, bias_1, out_1, (i_block - end_0) * ROWS, rows_1, residual, tokens,
-                         WIDTH, ROWS, BLOCK, TOKENS_PAD, UPCAST)  # fmt: skip
+                         WIDTH, ROWS, BLOCK, TOKENS_PAD, UPCAST, EARLY)  # fmt: skip
     else:
         if weight_2 is not None:
             _one_product(x, weight_2, bias_2, out_2, (i_block - end_1) * ROWS, rows_2, residual, tokens,
-                         WIDTH, ROWS, BLOCK, TOKENS_PAD, UPCAST)  # fmt: skip
+                         WIDTH, ROWS, BLOCK, TOKENS_PAD, UPCAST, EARLY)  # fmt: skip
 
 
 def products(

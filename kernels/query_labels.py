@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .early_launch import early_launch, wait_for_inputs
+
 
 def query_labels(
     query: torch.Tensor,
@@ -102,7 +104,7 @@ def query_labels_triton(
         query.stride(0), query.stride(1), slots.stride(0), slots.stride(1), scale,
         HEADS=heads, GROUP=heads // kv_heads, DIM=dim, DIM_PAD=dim_pad, R=channels,
         SINKS=sinks, RECENT=recent, INCLUDE_CURRENT=include_current,
-        BLOCK=block, BLOCK_R=block_channels, num_warps=num_warps,
+        BLOCK=block, BLOCK_R=block_channels, num_warps=num_warps, **early_launch(query),
     )  # fmt: skip
     return labels, offsets
 
@@ -113,8 +115,9 @@ def _query_labels_kernel(
     query_b, query_h, slots_b, slots_h, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, R: tl.constexpr,
     SINKS: tl.constexpr, RECENT: tl.constexpr, INCLUDE_CURRENT: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_R: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
     i_b = (tl.program_id(0) // HEADS).to(tl.int64)
     i_q = tl.program_id(0) % HEADS
     i_h = (i_q // GROUP).to(tl.int64)

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .early_launch import early_launch, wait_for_inputs
+
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [..., E] scaled to unit mean square in float32, rounded, times weight [E]."""
@@ -23,18 +25,20 @@ def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.
     width = x.shape[-1]
     block = triton.next_power_of_2(width)
     _rms_norm_kernel[(x.numel() // width,)](
-        x, weight, out, eps, WIDTH=width, BLOCK=block, num_warps=min(16, max(4, block // 512))
-    )
+        x, weight, out, eps,
+        WIDTH=width, BLOCK=block, num_warps=min(16, max(4, block // 512)), **early_launch(x),
+    )  # fmt: skip
     return out
 
 
 @triton.jit
-def _rms_norm_kernel(x, weight, out, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm_kernel(x, weight, out, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * WIDTH
     o_e = tl.arange(0, BLOCK)
     m_e = o_e < WIDTH
+    b_weight = tl.load(weight + o_e, mask=m_e, other=0.0).to(tl.float32)  # [E]
+    wait_for_inputs(EARLY)
     b_x = tl.load(x + row + o_e, mask=m_e, other=0.0).to(tl.float32)  # [E]
-    b_weight = tl.load(weight + o_e, mask=m_e, other=0.0).to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(b_x * b_x, 0) / WIDTH + eps)
     b_scaled = (b_x * inverse).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + row + o_e, (b_scaled * b_weight).to(out.dtype.element_ty), mask=m_e)

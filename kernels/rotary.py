@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .early_launch import early_launch, wait_for_inputs
+
 
 def rotate_reference(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -36,6 +38,7 @@ def rotate_triton(
         query.stride(0), query.stride(1), query.stride(2), key.stride(0), key.stride(1), key.stride(2),
         cos.stride(0), cos.stride(1), sin.stride(0), sin.stride(1), tokens,
         HEADS=heads, KV_HEADS=kv_heads, HALF=dim // 2, BLOCK=triton.next_power_of_2(dim // 2), num_warps=1,
+        **early_launch(query),
     )  # fmt: skip
     return out_query, out_key
 
@@ -45,7 +48,9 @@ def _rotate_kernel(
     query, key, cos, sin, out_query, out_key,
     query_b, query_h, query_t, key_b, key_h, key_t, cos_b, cos_t, sin_b, sin_t, tokens,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
     i_b = (tl.program_id(0) // tokens).to(tl.int64)
     i_t = (tl.program_id(0) % tokens).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)

@@ -7,7 +7,7 @@ resident, prefetched or fetched late.
 
 import torch
 
-from .attend_pieces import BLOCK_BYTES, PROGRAMS, Inputs, attend_pieces, block_rows, cut
+from .attend_pieces import BLOCK_BYTES, PROGRAMS, STAGES, WARPS, Inputs, attend_pieces, block_rows, cut
 from .combine_pieces import combine_pieces, empty_pieces
 
 
@@ -91,8 +91,8 @@ def sparse_attention_triton(
     sink_logits: torch.Tensor | None = None,
     programs: int = PROGRAMS,
     block_bytes: int = BLOCK_BYTES,
-    num_stages: int = 4,
-    num_warps: int = 4,
+    num_stages: int = STAGES,
+    num_warps: int = WARPS,
 ) -> torch.Tensor:
     """Two launches: partial softmax sums over fixed pieces of the row list, then their combination.
 

@@ -237,6 +237,8 @@ def _empty_kernel(x):
 
 
 def compile_kernel(fn, types: dict, constants: dict, arch: int, num_warps: int, num_stages: int = 3):
+    if "EARLY" in fn.arg_names:  # early_launch.py: on the GPUs that can
+        constants = constants | {"EARLY": arch >= 90}
     signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in fn.arg_names}
     aligned = [a for a in fn.arg_names if signature[a].startswith("*") or a not in types | constants]
     source = ASTSource(
@@ -256,6 +258,8 @@ def check(case: Case, arch: int) -> None:
     wide_load = r"ld\.global\S*\.v4\.b32|cp\.async\.cg"  # cp.async.cg exists at 16 bytes only
     if case.wide and not re.search(wide_load, kernel.asm["ptx"]):
         raise AssertionError("no 16-byte loads in its PTX")
+    if "EARLY" in fn.arg_names and arch >= 90 and "griddepcontrol.wait" not in kernel.asm["ptx"]:
+        raise AssertionError("it starts early and does not wait for its inputs")
     if kernel.metadata.shared > 99 * 1024:  # what one block may have on sm_86, sm_89 and sm_120
         raise AssertionError(f"{kernel.metadata.shared} bytes of shared memory")
 
