@@ -28,6 +28,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     __shared__ AdmitShared all;
     Shared& shared = all.topk;
     Members& members = all.members;
+    wait_for_inputs();
     unsigned rank = cta_rank();
     int sequence = blockIdx.z, row = sequence * kv_heads + (int)blockIdx.y;
     int end = max(lengths[sequence] - recent, sinks), span = end - sinks;

@@ -6,6 +6,8 @@ bits depend on the selection alone. On a GPU only: without one there is nothing 
 sparse_attention does.
 """
 
+from typing import Any
+
 import torch
 import triton
 
@@ -15,7 +17,7 @@ from .combine_pieces import Pieces, combine_pieces, empty_pieces
 # As PROGRAMS and the rest of attend_pieces.py. Each row's stamp is looked up besides: smaller blocks and more
 # loads ahead hide that.
 EARLY_PROGRAMS, BLOCK_BYTES = 512, 8192
-LOADS: dict[str, int] = {"num_stages": 4, "num_warps": 4}
+LOADS: dict[str, Any] = {"num_stages": 4, "num_warps": 4}
 # Programs of the second part: two for each of an H100's 132 SMs, since few blocks are left and each program
 # waits for its first. Half as many take as long (two_parts_h200.json).
 LATE_PROGRAMS = 264

@@ -63,6 +63,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     int capacity, int n_slots, int phase) {
     extern __shared__ __align__(16) unsigned dynamic[];
     __shared__ Shared shared;
+    wait_for_inputs();
     unsigned rank = cta_rank();
     long long row = (long long)blockIdx.z * kv_heads + blockIdx.y;
     int count = candidate_counts[row], k = min(budgets[row], count);

@@ -1,5 +1,8 @@
 // Thread block clusters: rank, barrier, and access to the other CTAs' shared memory. No includes.
 
+// A kernel that starts early (early_launch.py) waits here for all that the kernels ahead write and read.
+__device__ void wait_for_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 __device__ unsigned cta_rank() {
     unsigned rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));

@@ -8,6 +8,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     const int* step, int* miss_tokens, int* miss_slots, int* miss_counts, unsigned long long* counters,
     int kv_heads, int k_max, int capacity, int n_slots, int phase, int attended, int kept_steps, int part) {
     __shared__ ListShared shared;
+    wait_for_inputs();
     unsigned rank = cta_rank();
     long long row = (long long)blockIdx.z * kv_heads + blockIdx.y;
     Slots resident = {slot_of_token + row * capacity, token_in_slot + row * n_slots, stamps + row * n_slots,

@@ -20,6 +20,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         int recent, int k_max) {
     extern __shared__ __align__(16) unsigned dynamic[];
     __shared__ Shared shared;
+    wait_for_inputs();
     unsigned rank = cta_rank();
     int sequence = blockIdx.z, row = sequence * kv_heads + (int)blockIdx.y;
     int end = max(lengths[sequence] - recent, sinks), span = end - sinks;

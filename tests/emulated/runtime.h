@@ -175,6 +175,7 @@ static T max(T a, T b) { return a < b ? b : a; }
 
 // cluster.cuh
 static unsigned cta_rank() { return self->cta; }
+static void wait_for_inputs() {}
 static void cluster_arrive() { self->cluster_phase = arrive_at(cluster->meeting); }
 static void cluster_wait() { wait_for(cluster->meeting, self->cluster_phase); }
 static void cluster_arrive_relaxed() { cluster_arrive(); }
