@@ -258,8 +258,9 @@ def check(case: Case, arch: int) -> None:
     wide_load = r"ld\.global\S*\.v4\.b32|cp\.async\.cg"  # cp.async.cg exists at 16 bytes only
     if case.wide and not re.search(wide_load, kernel.asm["ptx"]):
         raise AssertionError("no 16-byte loads in its PTX")
-    if "EARLY" in fn.arg_names and arch >= 90 and "griddepcontrol.wait" not in kernel.asm["ptx"]:
-        raise AssertionError("it starts early and does not wait for its inputs")
+    waits = "griddepcontrol.wait" in kernel.asm["ptx"]
+    if "EARLY" in fn.arg_names and waits != (arch >= 90):
+        raise AssertionError("it must wait for its inputs exactly where it may start early")
     if kernel.metadata.shared > 99 * 1024:  # what one block may have on sm_86, sm_89 and sm_120
         raise AssertionError(f"{kernel.metadata.shared} bytes of shared memory")
 
