@@ -23,8 +23,8 @@ typedef unsigned long long Barrier;
 __device__ unsigned shared_address(const void* pointer) { return (unsigned)__cvta_generic_to_shared(pointer); }
 
 // The PTX of the copy engine and its barriers.
-__device__ void init_barrier(Barrier* barrier) {  // completed by one arrival, and the bytes it expects
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+__device__ void init_barrier(Barrier* barrier, unsigned arrivals) {  // which complete it, with the bytes it expects
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
 __device__ void show_barriers_to_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -170,7 +170,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, misses = 0;
     if (warp == 1) {
 #pragma unroll 1
-        for (int i = lane; i < 2 * STAGES; i += 32) init_barrier(arrived + i);
+        for (int i = lane; i < STAGES; i += 32) init_barrier(arrived + i, 1), init_barrier(freed + i, 32);
         show_barriers_to_engine();
     }
 #pragma unroll 1
@@ -194,8 +194,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 wait(arrived + stage, lap & 1);
                 char* target = slots + head / kv_heads * slots_b + head % kv_heads * slots_h;
                 store_rows(ring + stage * STAGE_BYTES, target, rows, slot, lane);
-                __syncwarp();  // every lane has read the stage
-                if (lane == 0) arrive(freed + stage);
+                arrive(freed + stage);  // each lane for what it has read: racecheck follows no other order
             });
     }
 }
