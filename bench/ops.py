@@ -328,7 +328,7 @@ def main() -> None:
     shape = Shape(batch=options.batch, tokens=options.tokens)
     torch.manual_seed(0)
     ceilings = {"hbm": hbm_copy_gb_s(), "hbm_read": hbm_read_gb_s(), "pcie": pinned_copy_gb_s()}
-    print(f"HBM copy {ceilings['hbm']:.0f} GB/s, sum {ceilings['hbm_read']:.0f}, pinned copy {ceilings['pcie']:.1f}")
+    print(", ".join(f"{WHAT[name]} {rate:.0f} GB/s" for name, rate in ceilings.items()))
     results = []
     for timing, calls in all_benches(shape, options.sweep):
         timing.us = round(graph_ms(calls) * 1e3, 2)
