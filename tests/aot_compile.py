@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from offload_runtime.kernels.combine_pieces import OPTIONS
 from offload_runtime.kernels.masked_prefill import TILES
 from offload_runtime.kernels.products import FEW_TOKENS, LEAST_BLOCK, MOST_TOKENS, ONE_TOKEN, Tile
 
@@ -31,6 +32,8 @@ class Case:
     wide: bool = False  # its loads must be 16 bytes a thread
     num_warps: int = 4
     num_stages: int = 3  # Triton's default
+    fused: bool = True  # as the launch has enable_fp_fusion
+    may_fuse: bool = True  # whether a multiplication and an addition may become one instruction
 
 
 def append(dtype: str, dim: int, dim_pad: int) -> Case:
@@ -130,7 +133,8 @@ def combine(dtype: str, dim: int, has_sink: bool) -> Case:
         pointers["sink_logits"] = "*fp32"
     else:
         sizes["sink_logits"] = None  # a launch with None makes it a constant
-    return Case("combine_pieces", "_combine_kernel", pointers, sizes)
+    fused = OPTIONS["enable_fp_fusion"]
+    return Case("combine_pieces", "_combine_kernel", pointers, sizes, fused=fused, may_fuse=False)
 
 
 def merge(dtype: str, dim: int, dim_pad: int) -> Case:
@@ -236,7 +240,7 @@ def _empty_kernel(x):
     pass
 
 
-def compile_kernel(fn, types: dict, constants: dict, arch: int, num_warps: int, num_stages: int = 3):
+def compile_kernel(fn, types: dict, constants: dict, arch: int, **options):
     if "EARLY" in fn.arg_names:  # early_launch.py: on the GPUs that can
         constants = constants | {"EARLY": arch >= 90}
     signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in fn.arg_names}
@@ -247,27 +251,28 @@ def compile_kernel(fn, types: dict, constants: dict, arch: int, num_warps: int, 
         constexprs={(fn.arg_names.index(a),): value for a, value in constants.items()},
         attrs={(fn.arg_names.index(a),): [["tt.divisibility", 16]] for a in aligned},
     )
-    return triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps, "num_stages": num_stages}
-    )
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def check(case: Case, arch: int) -> None:
     fn = getattr(importlib.import_module(f"offload_runtime.kernels.{case.module}"), case.kernel)
-    kernel = compile_kernel(fn, case.types, case.constants, arch, case.num_warps, case.num_stages)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.fused}
+    kernel = compile_kernel(fn, case.types, case.constants, arch, **options)
     wide_load = r"ld\.global\S*\.v4\.b32|cp\.async\.cg"  # cp.async.cg exists at 16 bytes only
     if case.wide and not re.search(wide_load, kernel.asm["ptx"]):
         raise AssertionError("no 16-byte loads in its PTX")
     waits = "griddepcontrol.wait" in kernel.asm["ptx"]
     if "EARLY" in fn.arg_names and waits != (arch >= 90):
         raise AssertionError("it must wait for its inputs exactly where it may start early")
+    if not case.may_fuse and "fma." in kernel.asm["ptx"]:
+        raise AssertionError("a fused multiply-add in its PTX")
     if kernel.metadata.shared > 99 * 1024:  # what one block may have on sm_86, sm_89 and sm_120
         raise AssertionError(f"{kernel.metadata.shared} bytes of shared memory")
 
 
 def main(arch: int) -> None:
     try:
-        compile_kernel(_empty_kernel, {"x": "*i32"}, {}, arch, 1)
+        compile_kernel(_empty_kernel, {"x": "*i32"}, {}, arch, num_warps=1)
     except Exception as error:
         print(json.dumps({"unsupported": f"{type(error).__name__}: {error}"[:500]}))
         return
