@@ -2,8 +2,9 @@
 
 Programmatic dependent launch (compute capability 9 and newer): starting a kernel and draining the one ahead
 take a microsecond between any two that follow each other. Here a kernel's programs take their places as soon
-as all of the one ahead have started and there is room, read what no kernel writes (weights), and wait for its
-end before they touch anything else. What they compute is the same.
+as all of the one ahead have started and there is room, read what no kernel of a step writes (weights), and
+wait for its end before they touch anything else. What they compute is the same. cluster.cuh and
+cluster_launch.py have it for CUDA C++.
 """
 
 import functools

@@ -104,7 +104,10 @@ def row_sums(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TOKENS_PAD: tl.constexpr,
     UPCAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """x [T, E] times `ROWS` rows of weight [N, E] from `first` on: float32 [T padded, ROWS]."""
+    """x [T, E] times `ROWS` rows of weight [N, E] from `first` on: float32 [T padded, ROWS].
+
+    Waits for x (early_launch.py); one token's first weights are on their way before.
+    """
     o_n = first + tl.arange(0, ROWS)
     o_k = tl.arange(0, BLOCK)
     m_n = (o_n < rows)[:, None]
