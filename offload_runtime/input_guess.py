@@ -64,7 +64,7 @@ class InputCorrection:
     shift [L, E] and guesses may be None. Which layers have which, and the rank, stay as they are at first.
     projections: the plain query projections by layer, as far as there are any. A guess is carried through
     its layer's at once, W (x + offset + up (down x)) = W x + W offset + (W up) (down x), so that W x and
-    down x are one launch and need not wait for each other.
+    down x are one launch and need not wait for each other. predicted: the layers that are; None: all.
     """
 
     def __init__(
@@ -74,13 +74,22 @@ class InputCorrection:
         dtype: torch.dtype,
         device: torch.device,
         projections: Mapping[int, nn.Linear] | None = None,
+        predicted: frozenset[int] | None = None,
     ) -> None:
-        self.shifted, self.guessed = shifted_layers(shift), guessed_layers(guesses)
-        self.shift = None if shift is None else shift.to(device, dtype, copy=True)
+        self.predicted = predicted
+        self.shifted, self.guessed = self._corrected(shift, guesses)
+        self.shift = None if shift is None or not self.shifted else shift.to(device, dtype, copy=True)
         self.projections = {i: linear for i, linear in (projections or {}).items() if i in self.guessed}
         self.dtype, self.device = dtype, device
         # By layer, contiguous: offset, down and up, the first and the last carried through its projection.
         self.parts = {} if guesses is None else {index: self._made(index, guesses) for index in self.guessed}
+
+    def _corrected(
+        self, shift: torch.Tensor | None, guesses: Guesses | None
+    ) -> tuple[frozenset[int], frozenset[int]]:
+        """The predicted layers with a shift, and those with a guess."""
+        found = shifted_layers(shift), guessed_layers(guesses)
+        return found if self.predicted is None else (found[0] & self.predicted, found[1] & self.predicted)
 
     def _made(self, index: int, guesses: Guesses) -> Parts:
         offset, down, up = (part[index].to(self.device, copy=True) for part in guesses.parts)
@@ -91,7 +100,7 @@ class InputCorrection:
 
     def accepts(self, shift: torch.Tensor | None, guesses: Guesses | None) -> bool:
         """Whether set() can take these: for the same layers, and of the same rank."""
-        alike = (shifted_layers(shift), guessed_layers(guesses)) == (self.shifted, self.guessed)
+        alike = self._corrected(shift, guesses) == (self.shifted, self.guessed)
         ranks = {len(down) for _, down, _ in self.parts.values()}
         return alike and (guesses is None or ranks <= {guesses.rank})
 

@@ -60,16 +60,17 @@ class Session:
         active = torch.ones(batch, dtype=torch.int32, device=device)
         self.state = BatchState(integers(batch), integers(batch), integers(1), active)
         self.memory = memory or RowMemory(device)
-        corrections = (calibration.input_shift, calibration.guesses)
-        projections = query_projections(adapter.attentions)
-        self.correction = InputCorrection(*corrections, adapter.dtype, device, projections)
         self.caches = [self._make_cache(window) for window in biting(adapter.windows, capacity)]
         self.offloaded = {i: cache for i, cache in enumerate(self.caches) if isinstance(cache, LayerCache)}
+        predicted = predicted_layers(config, calibration, self.offloaded)
+        corrections = (calibration.input_shift, calibration.guesses)
+        projections = query_projections(adapter.attentions)
+        self.correction = InputCorrection(*corrections, adapter.dtype, device, projections, predicted)
         self.prefetcher = Prefetcher(
             self.layout,
             self.offloaded,
             query_predictor(adapter, self.correction),
-            predicted_layers(config, calibration, self.offloaded),
+            predicted,
             config.prefetch == "predict",
             device,
             delay_cycles,

@@ -244,6 +244,23 @@ def test_a_correction_takes_other_values_for_the_same_layers_only():
     assert InputCorrection(None, None, torch.float32, CPU).accepts(None, None)
 
 
+def test_layers_that_are_not_predicted_get_no_corrections():
+    guesses, shift = some_guesses(3, 8), torch.ones(3, 8)
+    some = InputCorrection(shift, guesses, torch.float32, CPU, predicted=frozenset({1}))
+    rows = torch.randn(2, 1, 8)
+    assert set(some.parts) == {1}
+    assert torch.equal(some.shift_input(2, rows), rows)
+    assert not torch.equal(some.shift_input(1, rows), rows)
+    assert some.accepts(shift, guesses)
+    assert not some.accepts(None, guesses)
+    none = InputCorrection(shift, guesses, torch.float32, CPU, predicted=frozenset())
+    assert none.shift is None
+    assert none.parts == {}
+    assert none.accepts(None, None)
+    none.set(shift, guesses)
+    assert none.parts == {}
+
+
 @pytest.mark.parametrize("mode", ["correct", "predict"])
 @pytest.mark.parametrize("plain_projection", [True, False])
 def test_predictions_start_from_the_guess(mode, plain_projection, monkeypatch):
