@@ -12,7 +12,7 @@ from rich.table import Table
 from .calibration_file import own_calibration, with_choice
 from .cli_exits import warn
 from .cli_model import config_of, weights_of
-from .config import make_config
+from .config import STICKY_PART, make_config
 from .console import table_console
 from .doctor_gpu import copy_rate, gather_rate
 from .errors import UserError
@@ -66,10 +66,14 @@ def run_plan(request: PlanRequest) -> None:
     own = own_calibration(source.name_or_path, source.rope_scaling)
     calibrated = own is not None if config.calibration is None else Path(config.calibration).is_file()
     times = predict(plan, weights, rates, traffic, calibrated) if device == "cuda" else None
+    few = None
+    if times is not None and traffic.new_rows is None:
+        sticky = replace(traffic, new_rows=max(plan.budget // STICKY_PART, 1))
+        few = predict(plan, weights, rates, sticky, calibrated).offload_tpot
     if request.as_json:
-        print(json.dumps(as_dict(plan, times, rates)))
+        print(json.dumps(as_dict(plan, times, few, rates)))
         return
-    print_tables(plan, times, rates, source.name_or_path)
+    print_tables(plan, times, few, rates, source.name_or_path)
 
 
 def rates_here(device: str) -> Rates:
@@ -97,7 +101,8 @@ def free_memory(request: PlanRequest) -> FreeMemory:
     return free
 
 
-def print_tables(plan: Plan, times: Times | None, rates: Rates, name: str) -> None:
+def print_tables(plan: Plan, times: Times | None, few: float | None, rates: Rates, name: str) -> None:
+    """few: seconds a token where selection is exact but need not be."""
     console = table_console()
     table = Table("what", "size", title=f"{name}: {plan.batch} x {plan.tokens} tokens, budget {plan.budget}")
     for row in plan.lines():
@@ -115,13 +120,15 @@ def print_tables(plan: Plan, times: Times | None, rates: Rates, name: str) -> No
     speed.add_row("TPOT, all KV on the GPU, dense" + dense, f"{1e3 * times.dense_tpot:.1f} ms")
     speed.add_row("TPOT, all KV on the GPU, sparse" + sparse, f"{1e3 * times.sparse_tpot:.1f} ms")
     speed.add_row(f"TPOT, offloaded, {times.miss_rate:.0%} missed", f"{1e3 * times.offload_tpot:.1f} ms")
+    if few is not None:
+        speed.add_row(f"TPOT, offloaded, --new-rows 1/{STICKY_PART}", f"{1e3 * few:.1f} ms")
     console.print(speed)
     console.print(f"best here: {times.best}, {times.why}", highlight=False, soft_wrap=True)
     console.print(f"rates of {rates.origin}; other GPUs differ", style="dim", highlight=False, soft_wrap=True)
 
 
-def as_dict(plan: Plan, times: Times | None, rates: Rates) -> dict[str, Any]:
-    """Bytes, tokens and seconds."""
+def as_dict(plan: Plan, times: Times | None, few: float | None, rates: Rates) -> dict[str, Any]:
+    """Bytes, tokens and seconds. few: as print_tables has it."""
     return {
         "tokens": plan.tokens,
         "batch": plan.batch,
@@ -138,5 +145,6 @@ def as_dict(plan: Plan, times: Times | None, rates: Rates) -> dict[str, Any]:
         "largest_budget": plan.largest_budget,
         "largest_batch": plan.largest_batch,
         "predicted_s": None if times is None else asdict(times),
+        f"predicted_tpot_s_new_rows_1_{STICKY_PART}": few,
         "rates": asdict(rates),
     }

@@ -310,6 +310,20 @@ def test_plan_json_and_table(tmp_path: Path) -> None:
     assert "beyond the 2048 positions" in table.stderr
 
 
+def test_plan_says_what_few_new_rows_would_gain(tmp_path: Path) -> None:
+    """Eight documents of an 8B model, whose rows wait for the link where selection is exact."""
+    sizes = {"num_hidden_layers": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+    LlamaConfig(**sizes).save_pretrained(tmp_path)
+    arguments = ("--model", str(tmp_path), "--ctx", "131072", "--places", "8", "--budget", "2048")
+    device = ("--device", "cuda", "--gpu-gb", "80", "--host-gb", "200")
+    plan = json.loads(run("plan", *arguments, *device, "--json").stdout)
+    assert plan["predicted_tpot_s_new_rows_1_8"] < 0.7 * plan["predicted_s"]["offload_tpot"]
+    assert "--new-rows 1/8" in run("plan", *arguments, *device).stdout
+    sticky = json.loads(run("plan", *arguments, *device, "--new-rows", "1/8", "--json").stdout)
+    assert sticky["predicted_tpot_s_new_rows_1_8"] is None
+    assert sticky["predicted_s"]["offload_tpot"] == plan["predicted_tpot_s_new_rows_1_8"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
