@@ -3,7 +3,7 @@
 PYTHON ?= python
 RUN = PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
 
-.PHONY: demo test test-gpu check bench
+.PHONY: demo test test-gpu sanitize check bench
 
 demo:
 	$(RUN) -m offload_runtime demo
@@ -15,6 +15,10 @@ test:
 # -v: a run that is cut short has said what failed.
 test-gpu:
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -v -n auto --maxprocesses 24 -m "gpu or not slow"
+
+# compute-sanitizer's memcheck and racecheck over the kernel tests, on a GPU.
+sanitize:
+	OMP_NUM_THREADS=1 $(RUN) -m tests.sanitize --out sanitizer_logs
 
 check:
 	$(RUN) -m ruff check .

@@ -1,4 +1,4 @@
-"""Time every op of kernels/ at one shape, against measured ceilings: python -m bench.ops [--sweep].
+"""Time ops of kernels/ at one shape against measured ceilings: python -m bench.ops [--only OP] [--sweep].
 
 The default shape is one layer of Llama-3.1-8B at 262,144 tokens. Prints a
 table and, as its last line, one JSON object. (Not called kernels.py: with
@@ -264,14 +264,14 @@ def bench_attention(shape: Shape, budget: int, by_slots: bool, sweep: bool):
     counts = torch.full((b, h), budget, **INT32)
     listed = (places.contiguous(), counts, None) if by_slots else (tokens, counts, slot_of_token)
     args = (*listed, shape.lengths(), shape.sinks, shape.recent, d**-0.5)
-    options = [
-        {"num_stages": 1},
+    options: list[dict[str, int]] = [
+        {"programs": 616},
+        {"programs": 1056},
         {"num_stages": 3},
-        {"programs": 256},
-        {"programs": 1024},
-        {"block_bytes": 8192},
-        {"block_bytes": 8192, "programs": 1024, "num_stages": 1},
-        {"block_bytes": 32768, "num_warps": 8, "programs": 256},
+        {"num_warps": 4},
+        {"programs": 1056, "block_bytes": 8192, "num_warps": 1},
+        {"programs": 1056, "block_bytes": 8192, "num_stages": 3, "num_warps": 1},
+        {"programs": 512, "block_bytes": 8192, "num_stages": 4, "num_warps": 4},
     ]
     moved = b * h * (budget + local) * shape.row_bytes()
     for name, op in configs(sparse_attention, sparse_attention_triton, sweep, options):
@@ -319,6 +319,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sweep", action="store_true", help="also try other launch configurations")
+    parser.add_argument("--only", default="", help="time only ops whose names begin so")
     parser.add_argument("--tokens", type=int, default=Shape.tokens)
     parser.add_argument("--batch", type=int, default=Shape.batch)
     parser.add_argument("--out", type=Path, help="also write the JSON object here")
@@ -331,6 +332,8 @@ def main() -> None:
     print(", ".join(f"{WHAT[name]} {rate:.0f} GB/s" for name, rate in ceilings.items()))
     results = []
     for timing, calls in all_benches(shape, options.sweep):
+        if not timing.op.startswith(options.only):
+            continue
         timing.us = round(graph_ms(calls) * 1e3, 2)
         results.append(report(timing, ceilings))
     figures = {"machine": machine(), "shape": asdict(shape), "ceilings": ceilings, "ops": results}
