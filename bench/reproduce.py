@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from offload_runtime.bench.machine import ROOT
 from offload_runtime.errors import UserError
@@ -231,7 +231,9 @@ def run(step: Step, names: dict[str, str], log: Path) -> str:
     started = time.monotonic()
     with log.open("wb") as stream:
         for command in commands:
-            code = run_command(command, stream, step.limit_s - (time.monotonic() - started))
+            # By a shell, for the quotes and patterns in commands.
+            line = f"exec {shlex.quote(sys.executable)} {command}"
+            code = run_in_time(line, stream, step.limit_s - (time.monotonic() - started))
             if code is None:
                 return f"failed: not done in {step.limit_s} s"
             if code:
@@ -239,9 +241,8 @@ def run(step: Step, names: dict[str, str], log: Path) -> str:
     return f"done in {time.monotonic() - started:.0f} s"
 
 
-def run_command(command: str, stream: IO[bytes], limit_s: float) -> int | None:
-    """Exit code of `python COMMAND`; None when it was ended, with all that it started, at the time limit."""
-    line = f"exec {shlex.quote(sys.executable)} {command}"  # by a shell, for its quotes and patterns
+def run_in_time(line: str, stream: IO[Any], limit_s: float) -> int | None:
+    """A shell line's exit code; None when it was ended, with all that it started, at the time limit."""
     process = subprocess.Popen(
         line, shell=True, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
     )

@@ -6,8 +6,6 @@ bits depend on the selection alone. On a GPU only: without one there is nothing 
 sparse_attention does.
 """
 
-from typing import Any
-
 import torch
 import triton
 
@@ -16,8 +14,7 @@ from .combine_pieces import Pieces, combine_pieces, empty_pieces
 
 # As PROGRAMS and the rest of attend_pieces.py. Each row's stamp is looked up besides: smaller blocks and more
 # loads ahead hide that.
-EARLY_PROGRAMS, BLOCK_BYTES = 512, 8192
-LOADS: dict[str, Any] = {"num_stages": 4, "num_warps": 4}
+EARLY_PROGRAMS, BLOCK_BYTES, STAGES, WARPS = 512, 8192, 4, 4
 # Programs of the second part: two for each of an H100's 132 SMs, since few blocks are left and each program
 # waits for its first. Half as many take as long (two_parts_h200.json).
 LATE_PROGRAMS = 264
@@ -45,8 +42,8 @@ def attend_to_members(
     lists, block = tokens.shape[0] * tokens.shape[1], block_rows(inputs.slots, BLOCK_BYTES)
     chunk, splits = cut(inputs.sinks + tokens.shape[2] + inputs.recent, lists, block, EARLY_PROGRAMS)
     pieces = empty_pieces(inputs.query, splits + late_splits(new_rows, lists, block))
-    part = (MEMBERS, stamps, step, phase)
-    attend_pieces(inputs, tokens, counts, pieces, 0, splits, chunk, block, *part, **LOADS)
+    part = (MEMBERS, stamps, step, phase, STAGES, WARPS)
+    attend_pieces(inputs, tokens, counts, pieces, 0, splits, chunk, block, *part)
     return pieces
 
 
@@ -64,8 +61,8 @@ def attend_to_entered(
     lists, block = entering.shape[0] * entering.shape[1], block_rows(inputs.slots, BLOCK_BYTES)
     splits = late_splits(new_rows, lists, block)
     first = pieces.splits - splits
-    part = (ENTERED, stamps, step)
-    attend_pieces(inputs, entering, counts, pieces, first, splits, block, block, *part, **LOADS)
+    part = (ENTERED, stamps, step, 0, STAGES, WARPS)
+    attend_pieces(inputs, entering, counts, pieces, first, splits, block, block, *part)
     out = torch.empty_like(inputs.query, memory_format=torch.contiguous_format)
     combine_pieces(pieces, sink_logits, out)
     return out

@@ -96,7 +96,7 @@ def launch(
         1,
     )
     with cupy.cuda.Device(device.index):
-        status = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx(
+        status = driver().cuLaunchKernelEx(
             ctypes.byref(config),
             ctypes.c_void_p(function.kernel.ptr),
             (ctypes.c_void_p * len(passed))(*map(ctypes.addressof, passed)),
@@ -104,6 +104,12 @@ def launch(
         )
     if status:
         raise RuntimeError(f"cuLaunchKernelEx: error {status} (CUresult of cuda.h)")
+
+
+@functools.cache
+def driver() -> ctypes.CDLL:
+    """Opened once: steps without a graph launch through it some hundred times."""
+    return ctypes.CDLL("libcuda.so.1")
 
 
 class LaunchAttribute(ctypes.Structure):
@@ -129,7 +135,7 @@ def active_clusters(function: int, cluster: Cluster) -> int:
     """How many clusters of a kernel the current device can run at once; 0 if it can place none."""
     config = LaunchConfig((cluster.ctas, 1, 1), (cluster.threads, 1, 1), cluster.shared_bytes)
     count = ctypes.c_int(0)
-    status = ctypes.CDLL("libcuda.so.1").cuOccupancyMaxActiveClusters(
+    status = driver().cuOccupancyMaxActiveClusters(
         ctypes.byref(count), ctypes.c_void_p(function), ctypes.byref(config)
     )
     return count.value if status == 0 else 0

@@ -68,8 +68,8 @@ def run_plan(request: PlanRequest) -> None:
     times = predict(plan, weights, rates, traffic, calibrated) if device == "cuda" else None
     few = None
     if times is not None and traffic.new_rows is None:
-        sticky = replace(traffic, new_rows=max(plan.budget // STICKY_PART, 1))
-        few = predict(plan, weights, rates, sticky, calibrated).offload_tpot
+        sticky = replace(config, new_rows=f"1/{STICKY_PART}").entering(plan.layout.budget)
+        few = predict(plan, weights, rates, replace(traffic, new_rows=sticky), calibrated).offload_tpot
     if request.as_json:
         print(json.dumps(as_dict(plan, times, few, rates)))
         return

@@ -106,7 +106,7 @@ class InputCorrection:
 
     def set(self, shift: torch.Tensor | None, guesses: Guesses | None) -> None:
         """Other values of what is corrected; accepts() says which."""
-        if self.shifted and shift is not None and self.shift is not None:
+        if shift is not None and self.shift is not None:
             self.shift.copy_(shift)
         if guesses is not None:
             for index, parts in self.parts.items():

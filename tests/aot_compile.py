@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from offload_runtime.kernels.attend_pieces import STAGES, WARPS
 from offload_runtime.kernels.combine_pieces import OPTIONS
 from offload_runtime.kernels.masked_prefill import TILES
 from offload_runtime.kernels.products import FEW_TOKENS, LEAST_BLOCK, MOST_TOKENS, ONE_TOKEN, Tile
@@ -109,13 +110,15 @@ def attend(
     softcap: bool = False,
     part: int = 0,
     by_slots: bool = False,
+    stages: int = 4,
+    warps: int = 4,
 ) -> Case:
     pointers = dict.fromkeys(("query", "slots"), f"*{dtype}") | {"scale": "fp32", "softcap": "fp32"}
     pointers |= dict.fromkeys(("tokens", "counts", "slot_of_token", "lengths"), "*i32")
     pointers |= dict.fromkeys(("partial", "tops", "sums"), "*fp32")
     sizes = {"KV_HEADS": 8, "GROUP": 4, "GROUP_PAD": group_pad, "DIM": dim, "DIM_PAD": dim_pad, "SINKS": 4}
     sizes |= {"RECENT": 64, "SPLITS": 52, "CHUNK": 320, "BLOCK": block, "SOFTCAP": softcap}
-    sizes |= {"UPCAST": False, "STAGES": 4, "PART": part}
+    sizes |= {"UPCAST": False, "STAGES": stages, "PART": part}
     if by_slots:
         del pointers["slot_of_token"]
         sizes["slot_of_token"] = None
@@ -123,7 +126,7 @@ def attend(
         pointers |= {"stamps": "*i32", "step": "*i32"}
     else:
         sizes |= {"stamps": None, "step": None}  # a launch with None makes it a constant
-    return Case("attend_pieces", "_attend_kernel", pointers, sizes, wide=True)
+    return Case("attend_pieces", "_attend_kernel", pointers, sizes, wide=True, num_warps=warps)
 
 
 def combine(dtype: str, dim: int, has_sink: bool) -> Case:
@@ -230,6 +233,9 @@ CASES = [
     attend("bf16", 128, 128, 16, 32, part=1, by_slots=True),
     attend("bf16", 128, 128, 16, 32, part=2),
     attend("bf16", 16, 16, 16, 128),
+    attend("bf16", 128, 128, 16, 64, stages=STAGES, warps=WARPS),
+    attend("bf16", 128, 128, 16, 64, by_slots=True, stages=STAGES, warps=WARPS),
+    attend("fp32", 256, 256, 16, 16, softcap=True, stages=STAGES, warps=WARPS),
     combine("bf16", 128, has_sink=False),
     combine("fp32", 80, has_sink=True),
 ]

@@ -6,11 +6,10 @@ The last line says how many jobs found something, or ended without a summary; th
 """
 
 import argparse
-import os
 import re
+import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,8 @@ from types import FrameType
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+from offload_runtime.bench.reproduce import run_in_time
+
 SUMMARY = {"memcheck": r"ERROR SUMMARY: (\d+) errors?", "racecheck": r"RACECHECK SUMMARY: (\d+) hazards?"}
 GRACE_S = 60  # for the test that runs when the alarm comes, and the tool's summary
 # (tests of a kernel, and which of them): small ones, each a process that shows something within two minutes.
@@ -80,23 +80,11 @@ def run_job(tool: str, file: str, choice: str, seconds: int, logs: Path) -> Resu
     command = ["compute-sanitizer", "--target-processes", "all", "--tool", tool, "--print-limit", "5"]
     if tool == "memcheck":  # cuda-bindings asks the driver for functions that it may not have
         command += ["--report-api-errors", "no"]
-    child = [
-        sys.executable,
-        "-m",
-        "tests.sanitize",
-        "--child",
-        str(seconds),
-        f"tests/{file}.py",
-        "-k",
-        choice,
-    ]
+    tests = [f"tests/{file}.py", "-k", choice]
+    child = [sys.executable, "-m", "tests.sanitize", "--child", str(seconds), *tests]
     with (logs / f"{tool}-{file}-{re.sub('[^a-z0-9]+', '-', choice)}.txt").open("w+") as log:
-        job = subprocess.Popen([*command, *child], cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-        try:
-            job.wait(seconds + GRACE_S)
-        except subprocess.TimeoutExpired:  # then there is no summary, which the result says
-            os.killpg(job.pid, signal.SIGKILL)
-            job.wait()
+        # Ended by its time limit, it prints no summary, which the result says.
+        run_in_time(shlex.join([*command, *child]), log, seconds + GRACE_S)
         log.seek(0)
         return read(tool, file, choice, log.read())
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from offload_runtime.bench.machine import ROOT
+
 from . import sanitize
-from .sanitize import JOBS, ROOT, main, read
+from .sanitize import JOBS, main, read
 
 CLEAN = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
 
@@ -56,7 +58,7 @@ def test_without_the_tool_or_a_gpu(tmp_path, monkeypatch, capsys):
     assert "compute-sanitizer" in capsys.readouterr().err
 
 
-def test_every_job_has_tests():
+def test_every_job_names_a_file_of_tests():
     for file in {file for file, _ in JOBS}:
         assert (ROOT / "tests" / f"{file}.py").is_file()
 
