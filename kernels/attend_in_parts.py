@@ -12,9 +12,6 @@ import triton
 from .attend_pieces import ENTERED, MEMBERS, Inputs, attend_pieces, block_rows, cut
 from .combine_pieces import Pieces, combine_pieces, empty_pieces
 
-# As PROGRAMS and the rest of attend_pieces.py. Each row's stamp is looked up besides: smaller blocks and more
-# loads ahead hide that.
-EARLY_PROGRAMS, BLOCK_BYTES, STAGES, WARPS = 512, 8192, 4, 4
 # Programs of the second part: two for each of an H100's 132 SMs, since few blocks are left and each program
 # waits for its first. Half as many take as long (two_parts_h200.json).
 LATE_PROGRAMS = 264
@@ -39,10 +36,10 @@ def attend_to_members(
     stamps, step and phase: as the selection's resolve_reference had them; new_rows: that may enter at most
     steps. With attend_to_entered, the reference is sparse_attention_reference of the whole selection.
     """
-    lists, block = tokens.shape[0] * tokens.shape[1], block_rows(inputs.slots, BLOCK_BYTES)
-    chunk, splits = cut(inputs.sinks + tokens.shape[2] + inputs.recent, lists, block, EARLY_PROGRAMS)
+    lists, block = tokens.shape[0] * tokens.shape[1], block_rows(inputs.slots)
+    chunk, splits = cut(inputs.sinks + tokens.shape[2] + inputs.recent, lists, block)
     pieces = empty_pieces(inputs.query, splits + late_splits(new_rows, lists, block))
-    part = (MEMBERS, stamps, step, phase, STAGES, WARPS)
+    part = (MEMBERS, stamps, step, phase)
     attend_pieces(inputs, tokens, counts, pieces, 0, splits, chunk, block, *part)
     return pieces
 
@@ -58,10 +55,10 @@ def attend_to_entered(
     sink_logits: torch.Tensor | None,
 ) -> torch.Tensor:
     """What is selected of entering [B, Hkv, K] (counts [B, Hkv]); the output [B, Hq, D] of both parts."""
-    lists, block = entering.shape[0] * entering.shape[1], block_rows(inputs.slots, BLOCK_BYTES)
+    lists, block = entering.shape[0] * entering.shape[1], block_rows(inputs.slots)
     splits = late_splits(new_rows, lists, block)
     first = pieces.splits - splits
-    part = (ENTERED, stamps, step, 0, STAGES, WARPS)
+    part = (ENTERED, stamps, step, 0)
     attend_pieces(inputs, entering, counts, pieces, first, splits, block, block, *part)
     out = torch.empty_like(inputs.query, memory_format=torch.contiguous_format)
     combine_pieces(pieces, sink_logits, out)

@@ -17,15 +17,16 @@ from .early_launch import launch_in_turn, wait_for_inputs
 # selection and ring; of these all but what just entered; or of a list of what may enter, what is selected.
 WHOLE, MEMBERS, ENTERED = 0, 1, 2
 # Pieces in all, four for each of an H100's 132 SMs; bytes of keys that a program reads at a time; blocks on
-# their way; warps. With 512, 8192, 4 and 4 they take 27.7 us by slots and 28.4 by tokens for 16,384 rows of 8
-# heads at 262,144 tokens, 8.6 and 9.3 for 2,048; with these 24.6, 28.0, 7.6, 7.8 (attention_early_h200.json).
+# their way; warps. 16,384 rows of 8 heads at 262,144 tokens take 23.2 us by slots and 26.1 by tokens, 2,048
+# rows 7.6; with 1056, 8192, 2, 1 they take 26.0, 27.1, 7.5, with 264, 32768, 2, 4 24.0, 27.2 and 8
+# (attention_unmasked_h200.json).
 PROGRAMS, BLOCK_BYTES, STAGES, WARPS = 528, 16384, 2, 2
 
 
 class Inputs(NamedTuple):
     """What all pieces of one attention share, as sparse_attention_reference has it.
 
-    slot_of_token None: lists are of slots, in the order of their tokens. A look-up less: 27.8 us for 28.7
+    slot_of_token None: lists are of slots, in the order of their tokens. A look-up less: 23.2 us for 26.1
     (16,384 rows of 8 heads at 262,144 tokens, H200, bench.ops).
     """
 
@@ -120,6 +121,7 @@ def _attend_kernel(
     n_sinks = tl.minimum(SINKS, length) if PART != 2 else 0
     ring_start = tl.maximum(SINKS, length - RECENT)
     total = n_sinks + count + (tl.maximum(length - ring_start, 0) if PART != 2 else 0)
+    total = tl.where(length > 0, total, 0)  # an empty place has no newest row either
     start = i_split * CHUNK
     # What may enter is few at most steps: its blocks are dealt out, so that every program has some.
     last = tl.minimum(start + CHUNK, total) if PART != 2 else total
@@ -138,6 +140,8 @@ def _attend_kernel(
     p_rows = slots + i_b * slots_b + i_h * slots_h
     p_tokens = tokens + i_bh.to(tl.int64) * budget
     p_map = None if slot_of_token is None else slot_of_token + i_b * map_b + i_h * map_h
+    newest = tl.where(length > SINKS, SINKS + (length - 1) % RECENT, 0)  # where the current token's row lies
+    unit = scale * LOG2E  # of logits in powers of 2
 
     # A part's block may have no row at all, and minus infinity less itself is no number.
     b_top = tl.full([GROUP_PAD], float("-inf") if PART == 0 else -1e30, tl.float32)
@@ -145,20 +149,23 @@ def _attend_kernel(
     b_out = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
     for first in tl.range(start, last, stride, num_stages=STAGES):
         b_place, m_n = _places(
-            first, last, n_sinks, count, ring_start, p_tokens, p_map, p_stamps, now, phase,
+            first, last, n_sinks, count, ring_start, p_tokens, p_map, p_stamps, now, phase, newest,
             SINKS, RECENT, BLOCK, PART,
         )  # fmt: skip
         p_key = p_rows + b_place[:, None] * (2 * DIM) + o_d[None, :]
-        m_row = m_n[:, None] & m_d[None, :]
-        b_key = tl.load(p_key, mask=m_row, other=0.0)  # [BLOCK, D]
-        b_value = tl.load(p_key + DIM, mask=m_row, other=0.0)  # [BLOCK, D]
+        if DIM == DIM_PAD:
+            b_key = tl.load(p_key)  # [BLOCK, D]
+            b_value = tl.load(p_key + DIM)  # [BLOCK, D]
+        else:
+            b_key = tl.load(p_key, mask=m_d[None, :], other=0.0)
+            b_value = tl.load(p_key + DIM, mask=m_d[None, :], other=0.0)
         if UPCAST:
             b_key = b_key.to(tl.float32)
             b_value = b_value.to(tl.float32)
-        b_logit = tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scale  # [G, BLOCK]
+        b_logit = tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * unit  # [G, BLOCK]
         if SOFTCAP:
-            b_logit = softcap * (1 - 2 / (tl.exp2(b_logit * (2 * LOG2E / softcap)) + 1))
-        b_top, b_sum, b_out = _take_in(b_logit * LOG2E, b_value, m_n, b_top, b_sum, b_out, PART)
+            b_logit = softcap * LOG2E * (1 - 2 / (tl.exp2(b_logit * (2 / softcap)) + 1))
+        b_top, b_sum, b_out = _take_in(b_logit, b_value, m_n, b_top, b_sum, b_out, PART)
 
     # A piece past the end leaves top = -inf; its sums and values are then never read.
     o_part = (i_bh * GROUP + o_g).to(tl.int64) * SPLITS + first_split + i_split
@@ -173,10 +180,14 @@ def _attend_kernel(
 
 @triton.jit
 def _places(
-    first, last, n_sinks, count, ring_start, p_tokens, p_map, p_stamps, now, phase,
+    first, last, n_sinks, count, ring_start, p_tokens, p_map, p_stamps, now, phase, newest,
     SINKS: tl.constexpr, RECENT: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Where a block of the list's rows lie, counted from the first sink, and which of them take part."""
+    """Where a block of the list's rows lie, counted from the first sink, and which of them take part.
+
+    For the others, whose rows may be on their way, the newest token's row: without masks of its loads, the
+    loop has 441 instructions instead of 609 (sm_90).
+    """
     o_n = first + tl.arange(0, BLOCK)
     m_n = o_n < last
     o_k = o_n - n_sinks
@@ -190,7 +201,7 @@ def _places(
         m_n = m_n & (tl.load(p_stamps + 2 * b_slot, mask=m_k, other=0) == now)
     b_ring = SINKS + (ring_start + o_k - count) % RECENT
     b_place = tl.where(m_k, SINKS + RECENT + b_slot, tl.where(o_k < 0, o_n, b_ring))
-    return b_place.to(tl.int64), m_n
+    return tl.where(m_n, b_place, newest).to(tl.int64), m_n
 
 
 @triton.jit

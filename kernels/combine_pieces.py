@@ -65,9 +65,12 @@ def _combine_kernel(
     m_d = o_d < DIM
     b_top = tl.load(tops + i_bq * SPLITS + o_s, mask=o_s < SPLITS, other=float("-inf"))  # [SPLITS]
     m_s = b_top > float("-inf")
-    b_sum = tl.load(sums + i_bq * SPLITS + o_s, mask=m_s, other=0.0)
+    b_sum = tl.load(sums + i_bq * SPLITS + o_s, mask=o_s < SPLITS, other=0.0)
     p_partial = partial + (i_bq * SPLITS + o_s[:, None]) * DIM + o_d[None, :]
-    b_part = tl.load(p_partial, mask=m_s[:, None] & m_d[None, :], other=0.0)  # [SPLITS, D]
+    # All at once: of a piece without rows, which only its top tells, they are whatever lay there.
+    b_part = tl.load(p_partial, mask=(o_s < SPLITS)[:, None] & m_d[None, :], other=0.0)  # [SPLITS, D]
+    b_sum = tl.where(m_s, b_sum, 0.0)
+    b_part = tl.where(m_s[:, None], b_part, 0.0)
     top = tl.max(b_top, 0)
     if HAS_SINK:
         sink = tl.load(sink_logits + i_bq % HEADS).to(tl.float32) * LOG2E
