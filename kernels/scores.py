@@ -140,12 +140,12 @@ def _label_scores_kernel(
     m_query = m_query & (o_n % GROUP_PAD < GROUP)[None, :]
     p_query = query_labels + (i_bh * GROUP + o_n % GROUP_PAD)[None, :] * R + (o_c % WIDTH)[:, None]
     b_query = tl.load(p_query, mask=m_query, other=0.0) * LOG2E  # 4 bits: channels on low nibbles
-    b_sum = tl.sum(b_query, 0)
     b_unit, b_rest = _two_halves(b_query)
+    b_sum = _sum_of_halves(b_unit, b_rest)
     if BITS == 4:
         b_query = tl.load(p_query + WIDTH, mask=m_query, other=0.0) * LOG2E  # on high nibbles
-        b_sum += tl.sum(b_query, 0)
         b_high_unit, b_high_rest = _two_halves(b_query)
+        b_sum += _sum_of_halves(b_high_unit, b_high_rest)
     b_sum = tl.max(tl.reshape(b_sum, [PACK, GROUP_PAD]), 0)  # [G]: PACK equal rows
     o_g = tl.arange(0, GROUP_PAD)
     # Padded heads: an infinite offset leaves them no mass.
@@ -194,6 +194,16 @@ def _two_halves(b_query):
     """A float32 tile as the sum of two float16 tiles."""
     b_unit = b_query.to(tl.float16)
     return b_unit, (b_query - b_unit.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def _sum_of_halves(b_unit, b_rest):
+    """Sums over rows of what the tensor cores multiply.
+
+    Not of the products by LOG2E: each lane would add its own one, unrounded, to the others' rounded ones
+    (combine_pieces.py), and lanes that hold the same sum would differ in its last bit.
+    """
+    return tl.sum(b_unit.to(tl.float32) + b_rest.to(tl.float32), 0)
 
 
 # Below, ASM is what a GPU runs and the other branch what Triton's interpreter can. The compiler's

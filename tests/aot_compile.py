@@ -35,6 +35,7 @@ class Case:
     num_stages: int = 3  # Triton's default
     fused: bool = True  # as the launch has enable_fp_fusion
     may_fuse: bool = True  # whether a multiplication and an addition may become one instruction
+    lanes_agree: bool = False  # no lane may add its own product, unrounded, to a number of another lane
 
 
 def append(dtype: str, dim: int, dim_pad: int) -> Case:
@@ -98,7 +99,7 @@ def scores(bits: int, channels: int, group: int, group_pad: int, pack: int, bloc
     sizes = {"KV_HEADS": 8, "GROUP": group, "GROUP_PAD": group_pad, "PACK": pack, "R": channels}
     sizes |= {"WIDTH": channels // 2 if bits == 4 else channels, "BITS": bits, "SINKS": 4, "RECENT": 64}
     sizes |= {"ASM": True, "BLOCK": block, "BLOCKS": 8, "STAGES": 4}
-    return Case("scores", "_label_scores_kernel", pointers, sizes, wide=bits == 16)
+    return Case("scores", "_label_scores_kernel", pointers, sizes, wide=bits == 16, lanes_agree=True)
 
 
 def attend(
@@ -110,15 +111,13 @@ def attend(
     softcap: bool = False,
     part: int = 0,
     by_slots: bool = False,
-    stages: int = 4,
-    warps: int = 4,
 ) -> Case:
     pointers = dict.fromkeys(("query", "slots"), f"*{dtype}") | {"scale": "fp32", "softcap": "fp32"}
     pointers |= dict.fromkeys(("tokens", "counts", "slot_of_token", "lengths"), "*i32")
     pointers |= dict.fromkeys(("partial", "tops", "sums"), "*fp32")
     sizes = {"KV_HEADS": 8, "GROUP": 4, "GROUP_PAD": group_pad, "DIM": dim, "DIM_PAD": dim_pad, "SINKS": 4}
     sizes |= {"RECENT": 64, "SPLITS": 52, "CHUNK": 320, "BLOCK": block, "SOFTCAP": softcap}
-    sizes |= {"UPCAST": False, "STAGES": stages, "PART": part}
+    sizes |= {"UPCAST": False, "STAGES": STAGES, "PART": part}
     if by_slots:
         del pointers["slot_of_token"]
         sizes["slot_of_token"] = None
@@ -126,7 +125,7 @@ def attend(
         pointers |= {"stamps": "*i32", "step": "*i32"}
     else:
         sizes |= {"stamps": None, "step": None}  # a launch with None makes it a constant
-    return Case("attend_pieces", "_attend_kernel", pointers, sizes, wide=True, num_warps=warps)
+    return Case("attend_pieces", "_attend_kernel", pointers, sizes, wide=True, num_warps=WARPS)
 
 
 def combine(dtype: str, dim: int, has_sink: bool) -> Case:
@@ -223,19 +222,17 @@ CASES = [
     scores(4, 32, 4, 4, 2, 256),
     scores(4, 32, 1, 1, 8, 512),
     scores(4, 16, 8, 8, 2, 256),
+    scores(4, 32, 8, 8, 1, 128),  # a lane has one number of each sum over labels
     scores(8, 64, 1, 4, 2, 128),
     scores(16, 16, 4, 4, 2, 256),
     scores(16, 128, 16, 16, 1, 64),
-    attend("bf16", 128, 128, 16, 32),
-    attend("fp16", 80, 128, 16, 32, softcap=True),
-    attend("fp32", 256, 256, 16, 16),
-    attend("bf16", 128, 128, 16, 32, by_slots=True),
-    attend("bf16", 128, 128, 16, 32, part=1, by_slots=True),
-    attend("bf16", 128, 128, 16, 32, part=2),
+    attend("bf16", 128, 128, 16, 64),
+    attend("bf16", 128, 128, 16, 64, by_slots=True),
+    attend("bf16", 128, 128, 16, 64, part=1, by_slots=True),
+    attend("bf16", 128, 128, 16, 64, part=2),
+    attend("fp16", 80, 128, 16, 64, softcap=True),
+    attend("fp32", 256, 256, 16, 16, softcap=True),
     attend("bf16", 16, 16, 16, 128),
-    attend("bf16", 128, 128, 16, 64, stages=STAGES, warps=WARPS),
-    attend("bf16", 128, 128, 16, 64, by_slots=True, stages=STAGES, warps=WARPS),
-    attend("fp32", 256, 256, 16, 16, softcap=True, stages=STAGES, warps=WARPS),
     combine("bf16", 128, has_sink=False),
     combine("fp32", 80, has_sink=True),
 ]
@@ -272,8 +269,24 @@ def check(case: Case, arch: int) -> None:
         raise AssertionError("it must wait for its inputs exactly where it may start early")
     if not case.may_fuse and "fma." in kernel.asm["ptx"]:
         raise AssertionError("a fused multiply-add in its PTX")
+    if case.lanes_agree and (added := added_unrounded(kernel.asm["sass"])):
+        raise AssertionError(f"lanes may disagree in a last bit: {added}")
     if kernel.metadata.shared > 99 * 1024:  # what one block may have on sm_86, sm_89 and sm_120
         raise AssertionError(f"{kernel.metadata.shared} bytes of shared memory")
+
+
+def added_unrounded(sass: str) -> list[str]:
+    """Fused multiply-adds whose addend comes from another lane: in a sum over lanes, totals would differ."""
+    found, from_lanes = [], set()
+    for line in sass.splitlines():
+        if shuffled := re.search(r"SHFL\S* \w+, (R\d+),", line):
+            from_lanes.add(shuffled[1])
+        elif written := re.search(r"\t(?:@!?\w+ )?([A-Z]\S*) (R\d+)", line):
+            addend = line.rstrip("; ").split(", ")[-1].split(".")[0]
+            if written[1].startswith("FFMA") and addend in from_lanes:
+                found.append(line.split("\t")[-1])
+            from_lanes.discard(written[2])
+    return found
 
 
 def main(arch: int) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+from .aot_compile import added_unrounded
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -23,3 +25,16 @@ def test_kernels_compile(arch):
     if "unsupported" in result:
         pytest.skip(f"this Triton cannot build for sm_{arch}: {result['unsupported']}")
     assert result["failed"] == {}
+
+
+def test_an_unrounded_product_added_to_another_lanes_number():
+    sass = """
+\tFMUL R7, R4, 1.4426950216293334961;
+\tSHFL.BFLY PT, R8, R7, 0x8, 0x1f;
+\tFFMA R9, R4, 1.4426950216293334961, R8;
+\tFFMA R10, R8, R4, R11;
+\tSHFL.BFLY PT, R8, R9, 0x4, 0x1f;
+\t@P0 FADD R8, R9, R8;
+\tFFMA R12, R4, R5, R8;
+"""
+    assert added_unrounded(sass.replace("\t", "--:-:1:-:4\t")) == ["FFMA R9, R4, 1.4426950216293334961, R8;"]
