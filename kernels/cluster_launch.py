@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 
 from .cuda_source import compile_source, shared_limit
+from .driver_launch import LaunchConfig, driver, launch_kernel
 
 THREADS = 512  # a CTA, of kernels that do not score
 NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14  # CUfunction_attribute of cuda.h
-PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID of cuda.h
 STATIC_BYTES = 18 * 1024  # static shared memory of the kernels that score, at most (admit: 18,352 by ptxas)
 LIST_SOURCES = ("cluster.cuh", "order_key.cuh", "resolve_list.cuh")
 CHOOSING_SOURCES = ("cluster.cuh", "order_key.cuh", "cluster_topk.cuh", "resolve_list.cuh")
@@ -76,58 +76,16 @@ def launch(
 ) -> None:
     """Launch what compiled() gave, a cluster for each (sequence, KV head); rows: (batch, KV heads).
 
-    Tensors, all contiguous, go as pointers and numbers as 32-bit integers. It starts early (early_launch.py),
-    which CuPy's own launch cannot ask for: behind admit, choose must find room before the next prediction's
-    products have taken it, 15 us later otherwise (262,144 tokens, 1/16, 2,048 new rows, `correct`, H200).
+    Tensors, all contiguous, go as pointers and numbers as 32-bit integers. It starts early (early_launch.py):
+    behind admit, choose must find room before the next prediction's products have taken it, 15 us later
+    otherwise (262,144 tokens, 1/16, 2,048 new rows, `correct`, H200).
     """
-    import cupy
-
     function, cluster = kernel
-    device = tensors[0].device
     assert all(tensor.is_contiguous() for tensor in tensors)
     passed = (*(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors), *map(ctypes.c_int, numbers))
-    early = LaunchAttribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,))
-    config = LaunchConfig(
-        (cluster.ctas, rows[1], rows[0]),
-        (cluster.threads, 1, 1),
-        cluster.shared_bytes,
-        torch.cuda.current_stream(device).cuda_stream,
-        ctypes.addressof(early),
-        1,
-    )
-    with cupy.cuda.Device(device.index):
-        status = driver().cuLaunchKernelEx(
-            ctypes.byref(config),
-            ctypes.c_void_p(function.kernel.ptr),
-            (ctypes.c_void_p * len(passed))(*map(ctypes.addressof, passed)),
-            None,
-        )
-    if status:
-        raise RuntimeError(f"cuLaunchKernelEx: error {status} (CUresult of cuda.h)")
-
-
-@functools.cache
-def driver() -> ctypes.CDLL:
-    """Opened once: steps without a graph launch through it some hundred times."""
-    return ctypes.CDLL("libcuda.so.1")
-
-
-class LaunchAttribute(ctypes.Structure):
-    """CUlaunchAttribute of cuda.h; value: a union of 64 bytes."""
-
-    _fields_ = (("id", ctypes.c_uint), ("padding", ctypes.c_uint), ("value", ctypes.c_int * 16))
-
-
-class LaunchConfig(ctypes.Structure):
-    """CUlaunchConfig of cuda.h."""
-
-    _fields_ = (
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared_bytes", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.c_void_p),
-        ("attribute_count", ctypes.c_uint),
+    grid, block = (cluster.ctas, rows[1], rows[0]), (cluster.threads, 1, 1)
+    launch_kernel(
+        function.kernel.ptr, grid, block, cluster.shared_bytes, passed, tensors[0].device, early=True
     )
 
 

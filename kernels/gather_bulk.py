@@ -7,13 +7,14 @@ behind them. The CUDA source is compiled at first use through CuPy's RawModule
 CUDA graph captures it.
 """
 
+import ctypes
 import functools
 from typing import Any
 
-import numpy as np
 import torch
 
 from .cuda_source import compile_source, runs_hopper_source, shared_limit
+from .driver_launch import launch_kernel
 
 THREADS = 64  # as in gather_bulk.cu
 STAGE_BYTES = 16 * 1024  # a group: 32 rows of 512 B, one a lane
@@ -59,21 +60,14 @@ def gather_rows_bulk(
     index = slots.device.index
     assert batch * kv_heads * miss_counts.element_size() <= COUNT_BYTES
     kernel, shared_bytes = compiled(row_bytes, ring_bytes, 1 if num_ctas % CLUSTER else CLUSTER, index)
-    pointers = (host_rows, miss_tokens, miss_slots, miss_counts)
+    pointers = [tensor.data_ptr() for tensor in (host_rows, miss_tokens, miss_slots, miss_counts)]
+    pointers.append(slots.data_ptr() + first_slot * row_bytes)
     strides = [rows.stride(i) * rows.element_size() for rows in (host_rows, slots) for i in (0, 1)]
-    stream = torch.cuda.current_stream(slots.device).cuda_stream
-    with cupy.cuda.Device(index), cupy.cuda.ExternalStream(stream):
-        kernel(
-            (num_ctas,),
-            (THREADS,),
-            (
-                *(tensor.data_ptr() for tensor in pointers),
-                slots.data_ptr() + first_slot * row_bytes,
-                *(np.int64(stride) for stride in strides),
-                *(np.int32(number) for number in (kv_heads, batch * kv_heads, budget)),
-            ),
-            shared_mem=shared_bytes,
-        )
+    numbers = (kv_heads, batch * kv_heads, budget)
+    passed = (
+        *map(ctypes.c_void_p, pointers), *map(ctypes.c_longlong, strides), *map(ctypes.c_int, numbers)
+    )  # fmt: skip
+    launch_kernel(kernel.kernel.ptr, (num_ctas, 1, 1), (THREADS, 1, 1), shared_bytes, passed, slots.device)
 
 
 @functools.cache
