@@ -117,9 +117,12 @@ class LayerCache:
         _ = self.resident.slots
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store the current token: key and value [B, Hkv, D] to slots and host, its label to the cache."""
+        """Store the current token's row: key and value [B, Hkv, D] to slots and host."""
         lengths, resident = self.state.lengths, self.resident
         append_rows(key, value, lengths, resident.slots, resident.sinks, resident.recent, self.host.rows)
+
+    def append_label(self, key: torch.Tensor) -> None:
+        """Store the current token's label; it is recent, so this step's selections do not look for it."""
         self.labels.write(key[:, :, None], self.maps, self.state.positions)  # [B, Hkv, 1, D]
 
     def label_query(self, query: torch.Tensor, scale: float, phase: int) -> tuple[torch.Tensor, torch.Tensor]:

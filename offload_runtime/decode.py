@@ -134,6 +134,7 @@ class DecodeLoop:
             else:
                 choice = self.prefetcher.selection_for(index, query, call.scale)
                 early = cache.attend_early(query, choice, call.scale, call.softcap)
+                cache.append_label(call.key[:, :, 0])  # while rows are on their way
                 self.prefetcher.wait_for_rows(index)
                 out = cache.attend(query, choice, call.scale, call.softcap, call.sink_logits, early)
                 if self.audit is not None and self.audit.active:
