@@ -28,7 +28,6 @@ GRACE_S = 60  # for the test that runs when the alarm comes, and the tool's summ
 JOBS = (
     ("test_select_cluster", "lengths and (1-63 or 1-127 or 1-1000)"),
     ("test_select_cluster", "equal_scores"),
-    ("test_select_cluster", "ragged"),
     ("test_select_cluster", "label_formats"),
     ("test_admission", "take_all"),
     ("test_admission", "became_shorter"),

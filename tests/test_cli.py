@@ -17,6 +17,7 @@ from offload_runtime.config import RuntimeConfig
 from offload_runtime.memory import FreeMemory
 from offload_runtime.model_check import load_config
 from offload_runtime.planner import make_plan
+from offload_runtime.speed import Rates
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNER = CliRunner()
@@ -310,8 +311,10 @@ def test_plan_json_and_table(tmp_path: Path) -> None:
     assert "beyond the 2048 positions" in table.stderr
 
 
-def test_plan_says_what_few_new_rows_would_gain(tmp_path: Path) -> None:
+def test_plan_says_what_few_new_rows_would_gain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight documents of an 8B model, whose rows wait for the link where selection is exact."""
+    # Where there is a GPU, every plan measures its link anew.
+    monkeypatch.setattr("offload_runtime.cli_plan.rates_here", lambda device: Rates())
     sizes = {"num_hidden_layers": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072}
     LlamaConfig(**sizes).save_pretrained(tmp_path)
     arguments = ("--model", str(tmp_path), "--ctx", "131072", "--places", "8", "--budget", "2048")
