@@ -83,8 +83,9 @@ STEPS = (
         (
             BENCH + " --shape qwen2.5-7b --ctx 131072 --batch 1,8 --budget 2048 --new-rows none,256,512"
             " --prefetch correct,predict --locality no --baselines dense --out {out}/bench_qwen7b.json",
-            BENCH + " --ctx 131072 --batch 1,8 --budget 2048 --prefetch correct,predict --new-rows none,256,512"
-            " --locality no --baselines none --out {out}/bench_llama8b_batch.json",  # 137 GB of host memory
+            # 137 GB of host memory
+            BENCH + " --ctx 131072 --batch 1,8 --budget 2048 --new-rows none,256,512"
+            " --prefetch correct,predict --locality no --baselines none --out {out}/bench_llama8b_batch.json",
         ),
     ),
     Step(
