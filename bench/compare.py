@@ -185,7 +185,7 @@ class Comparison:
         layout = session.layout
         row.update(
             moved_gb=delta["fetched"] * layout.row_bytes / steps / GB,
-            hit_rate=round(1 - delta["fetched"] / max(delta["selected"], 1), 4),
+            moved_of_selected=round(delta["fetched"] / max(delta["selected"], 1), 4),
             prediction_recall=round(delta["found"] / delta["checked"], 4) if delta["checked"] else None,
             target_overlap=None if target is None else target.overlap,
             target_recall=None if target is None else target.recall,
@@ -217,7 +217,7 @@ class Comparison:
         return False
 
     def _failed(self, row: dict[str, Any], why: str) -> None:
-        figures = ("moved_gb", "pinned_gb", "hit_rate", "prediction_recall")
+        figures = ("moved_gb", "pinned_gb", "moved_of_selected", "prediction_recall")
         self._keep(row | {"error": why} | dict.fromkeys(figures))
 
     def _keep(self, row: dict[str, Any]) -> None:
@@ -256,7 +256,7 @@ def empty_row(shape: str, ctx: int, batch: int, what: str) -> dict[str, Any]:
     figures = (
         "budget", "budget_tokens", "prefetch", "new_rows", "resident", "locality", "steps",
         "tpot_ms", "p20_ms", "p80_ms", "tokens_per_s", "vs_dense", "vs_streaming",
-        "vs_hf_offloaded", "moved_gb", "link_gb_s", "link_percent", "hit_rate", "prediction_recall",
+        "vs_hf_offloaded", "moved_gb", "link_gb_s", "link_percent", "moved_of_selected", "prediction_recall",
         "target_overlap", "target_recall", "gpu_gb", "pinned_gb", "graph", "error",
     )  # fmt: skip
     return {"what": what, "shape": shape, "ctx": ctx, "batch": batch} | dict.fromkeys(figures)

@@ -97,7 +97,7 @@ def print_rows(console: Console, rows: list[dict[str, Any]]) -> None:
         table = Table(title=f"{shape}: {batch} x {ctx} tokens, medians")
         for name in ("what", "resident", "locality", "steps", "ms", "tokens/s", "x dense", "x streaming"):
             table.add_column(name)
-        for name in ("hits", "GB moved", "link GB/s", "% of link", "GPU GB", "pinned GB"):
+        for name in ("moved / selected", "GB moved", "link GB/s", "% of link", "GPU GB", "pinned GB"):
             table.add_column(name, justify="right")
         for row in rows:
             if tuple(row[name] for name in GROUP) == group:
@@ -115,7 +115,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     if row["error"] is not None:
         return [*place, row["error"], *[""] * 9]
     figures = (
-        "tpot_ms", "tokens_per_s", "vs_dense", "vs_streaming", "hit_rate", "moved_gb", "link_gb_s",
+        "tpot_ms", "tokens_per_s", "vs_dense", "vs_streaming", "moved_of_selected", "moved_gb", "link_gb_s",
         "link_percent", "gpu_gb", "pinned_gb",
     )  # fmt: skip
     return [*place, *(number(row[name]) for name in figures)]

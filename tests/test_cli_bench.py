@@ -57,7 +57,7 @@ def test_every_row_has_what_it_needs(tmp_path: Path) -> None:
     assert len(kinds) == len(ours) == 10
     for row in ours:
         fetches_all = row["resident"] == "off" and row["prefetch"] == "off"
-        assert (row["hit_rate"] == 0) == fetches_all
+        assert (row["moved_of_selected"] == 1) == fetches_all
         assert row["moved_gb"] > 0
     (card,) = report["cost_cards"]
     assert card["kv_gb"] == pytest.approx(8 * 2 * 1024 * 256 * 4 / 1e9)
@@ -67,7 +67,7 @@ def test_every_row_has_what_it_needs(tmp_path: Path) -> None:
 def test_measured_locality_overlaps_as_measured() -> None:
     options = ("--prefetch", "off", "--new-rows", "none", "--resident", "on", "--baselines", "none")
     rows = report_of(run(*options, "--steps", "6"))["rows"]
-    hits = {row["locality"]: row["hit_rate"] for row in rows}
+    hits = {row["locality"]: 1 - row["moved_of_selected"] for row in rows}
     targets = {row["locality"]: row["target_overlap"] for row in rows}
     assert targets["no-locality"] is None
     # A resident set of twice the budget also keeps older rows: at least the overlap, to sampling noise.
