@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .compile_options import FUSED
 from .early_launch import early_launch, wait_for_inputs
 
 
@@ -70,7 +71,7 @@ def append_rows_triton(
         key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         slots.stride(0), slots.stride(1), target.stride(0), target.stride(1),
         KV_HEADS=kv_heads, DIM=dim, DIM_PAD=triton.next_power_of_2(dim), SINKS=sinks, RECENT=recent,
-        TO_HOST=to_host, num_warps=1, **early_launch(key),
+        TO_HOST=to_host, num_warps=1, **early_launch(key), **FUSED,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .combine_pieces import Pieces
+from .compile_options import FUSED
 from .early_launch import launch_in_turn, wait_for_inputs
 
 # Which rows of a list (resident ones are known by their slots' stamps, of residency.py): all of sinks,
@@ -95,7 +96,7 @@ def attend_pieces(
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), DIM=dim,
         DIM_PAD=triton.next_power_of_2(dim), SINKS=sinks, RECENT=recent, SPLITS=pieces.splits, CHUNK=chunk,
         BLOCK=block, PART=part, SOFTCAP=softcap != 0.0, UPCAST=not query.is_cuda, STAGES=num_stages,
-        num_warps=num_warps, **launch_in_turn(query),
+        num_warps=num_warps, **launch_in_turn(query), **FUSED,
     )  # fmt: skip
 
 

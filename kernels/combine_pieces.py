@@ -3,24 +3,21 @@
 A sequence of length 0 (an empty place) has no piece with a row, and gets zeros.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from .compile_options import UNFUSED
 from .early_launch import early_launch, wait_for_inputs
-
-# Without fused multiply-add: in a sum over lanes each would add its own product unrounded to the others'
-# rounded ones, the lanes' totals would differ in their last bit, and those that write the same output race.
-OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 class Pieces(NamedTuple):
     """Results of the pieces of lists, float32.
 
     Weighted values partial [B, Hq, P, D] and sums [B, Hq, P] of the weights, both relative to 2 ** tops
-    [B, Hq, P]. A piece without rows has a top of -inf, and the rest of it is not read.
+    [B, Hq, P]. A piece without rows has a top of -inf, and whatever else it holds counts for nothing.
     """
 
     partial: torch.Tensor
@@ -44,10 +41,12 @@ def combine_pieces(pieces: Pieces, sink_logits: torch.Tensor | None, out: torch.
     """Write out [B, Hq, D]. sink_logits [Hq]: logits that take mass without a value."""
     batch, heads, splits, dim = pieces.partial.shape
     block_d = min(triton.next_power_of_2(dim), 32)
+    # Fused, each lane of a sum would add its own product unrounded to the others' rounded ones: the lanes'
+    # totals would differ in their last bit, and those that write the same output race.
     _combine_kernel[(batch * heads, triton.cdiv(dim, block_d))](
         *pieces, sink_logits, out,
         HEADS=heads, DIM=dim, BLOCK_D=block_d, SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits),
-        HAS_SINK=sink_logits is not None, **OPTIONS, **early_launch(out),
+        HAS_SINK=sink_logits is not None, num_warps=4, **UNFUSED, **early_launch(out),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
+from .compile_options import FUSED
 from .products import Tile, meta, row_sums, tiles
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -47,7 +48,7 @@ def gated_triton(
     out = x.new_empty(*x.shape[:-1], rows)
     _gated_kernel[(triton.cdiv(rows, tile.rows),)](
         x, gate, up, gate_bias, up_bias, out, rows, tokens,
-        SILU=activation == "silu", **meta(x, tokens, tile),
+        SILU=activation == "silu", **meta(x, tokens, tile), **FUSED,
     )  # fmt: skip
     return out
 

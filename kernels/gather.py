@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .compile_options import FUSED
 from .gather_bulk import gather_bulk_available, gather_rows_bulk
 
 
@@ -86,7 +87,7 @@ def gather_rows_triton(
         host_rows.stride(0), host_rows.stride(1), slots.stride(0), slots.stride(1), budget,
         KV_HEADS=kv_heads, HEADS=batch * kv_heads, HEADS_PAD=triton.next_power_of_2(batch * kv_heads),
         ROW=row, ROW_PAD=row_pad, BLOCK=block, FIRST_SLOT=first_slot, PROGRAMS=num_programs,
-        num_warps=num_warps,
+        num_warps=num_warps, **FUSED,
     )  # fmt: skip
 
 

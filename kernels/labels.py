@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .compile_options import FUSED
 from .early_launch import early_launch, wait_for_inputs
 
 
@@ -117,7 +118,7 @@ def make_labels_triton(
         keys.stride(0), keys.stride(1), keys.stride(2),
         codes.stride(0), codes.stride(1), scales.stride(0), scales.stride(1), tokens,
         KV_HEADS=kv_heads, DIM=dim, BLOCK_D=block_d,
-        R=channels, BITS=bits, BLOCK=block, num_warps=num_warps, **early_launch(keys),
+        R=channels, BITS=bits, BLOCK=block, num_warps=num_warps, **early_launch(keys), **FUSED,
     )  # fmt: skip
 
 

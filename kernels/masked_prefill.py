@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .compile_options import FUSED
+
 # Tiles by head_dim, (queries, keys, warps): q, two stages of k and v and the weights stay below the 99 KiB
 # that a block may have on sm_86, sm_89 and sm_120 (tests/aot_compile.py compiles and checks it).
 TILES = {64: (128, 64, 8), 128: (128, 64, 8), 256: (64, 32, 8)}
@@ -37,6 +39,7 @@ def masked_prefill_triton(
         count, end, window, scale, softcap,
         HEADS=heads, GROUP=heads // kv_heads, DIM=dim, DIM_PAD=dim_pad, BLOCK_M=block_m, BLOCK_N=block_n,
         WINDOW=window != 0, SOFTCAP=softcap != 0.0, UPCAST=not query.is_cuda, num_warps=warps, num_stages=2,
+        **FUSED,
     )  # fmt: skip
     return out, lse
 

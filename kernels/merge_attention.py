@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .compile_options import FUSED
+
 
 def merge_attention(
     out: torch.Tensor,
@@ -53,7 +55,7 @@ def merge_attention_triton(
         out.stride(1), out.stride(2), lse.stride(1), lse.stride(2),
         other.stride(1), other.stride(2), other_lse.stride(1), other_lse.stride(2),
         into.stride(1), into.stride(2),
-        DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK=block, num_warps=4,
+        DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK=block, num_warps=4, **FUSED,
     )  # fmt: skip
     return into
 

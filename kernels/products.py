@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
+from .compile_options import FUSED
 from .early_launch import early_launch, wait_for_inputs
 
 MOST_MATRICES = 3
@@ -78,7 +79,7 @@ def products_triton(
     programs = sum(triton.cdiv(count, tile.rows) for count in counts)
     _products_kernel[(programs,)](
         x, *weights, *missing, *biases, *missing, *outs, *missing, *counts, *([0] * len(missing)),
-        None if residual is None else residual.contiguous(), tokens, **meta(x, tokens, tile),
+        None if residual is None else residual.contiguous(), tokens, **meta(x, tokens, tile), **FUSED,
     )  # fmt: skip
     return outs
 

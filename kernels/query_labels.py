@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .compile_options import FUSED
 from .early_launch import early_launch, wait_for_inputs
 
 
@@ -104,7 +105,7 @@ def query_labels_triton(
         query.stride(0), query.stride(1), slots.stride(0), slots.stride(1), scale,
         HEADS=heads, GROUP=heads // kv_heads, DIM=dim, DIM_PAD=dim_pad, R=channels,
         SINKS=sinks, RECENT=recent, INCLUDE_CURRENT=include_current,
-        BLOCK=block, BLOCK_R=block_channels, num_warps=num_warps, **early_launch(query),
+        BLOCK=block, BLOCK_R=block_channels, num_warps=num_warps, **early_launch(query), **FUSED,
     )  # fmt: skip
     return labels, offsets
 

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .compile_options import FUSED
 from .cuda_source import runs_hopper_source
 from .resolve_cluster import resolve_in_clusters
 
@@ -111,6 +112,7 @@ def resolve_triton(
         miss_tokens, miss_slots, miss_counts, counters,
         kv_heads, k_max, slot_of_token.shape[-1], token_in_slot.shape[-1], kept_steps,
         PHASE=phase, ATTENDED=attended, PART=part, BLOCK=block, SCAN=min(block, 4096), num_warps=block // 256,
+        **FUSED,
     )  # fmt: skip
 
 

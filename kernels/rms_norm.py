@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .compile_options import FUSED
 from .early_launch import early_launch, wait_for_inputs
 
 
@@ -26,7 +27,7 @@ def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.
     block = triton.next_power_of_2(width)
     _rms_norm_kernel[(x.numel() // width,)](
         x, weight, out, eps,
-        WIDTH=width, BLOCK=block, num_warps=min(16, max(4, block // 512)), **early_launch(x),
+        WIDTH=width, BLOCK=block, num_warps=min(16, max(4, block // 512)), **early_launch(x), **FUSED,
     )  # fmt: skip
     return out
 

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .compile_options import FUSED
 from .early_launch import early_launch, wait_for_inputs
 
 
@@ -38,7 +39,7 @@ def rotate_triton(
         query.stride(0), query.stride(1), query.stride(2), key.stride(0), key.stride(1), key.stride(2),
         cos.stride(0), cos.stride(1), sin.stride(0), sin.stride(1), tokens,
         HEADS=heads, KV_HEADS=kv_heads, HALF=dim // 2, BLOCK=triton.next_power_of_2(dim // 2), num_warps=1,
-        **early_launch(query),
+        **early_launch(query), **FUSED,
     )  # fmt: skip
     return out_query, out_key
 

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .compile_options import FUSED
 from .labels import code_width, read_labels
 
 
@@ -111,7 +112,7 @@ def label_scores_triton(
         scores.stride(0), scores.stride(1), capacity,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(group_pad, 8 // pack), PACK=pack,
         R=channels, WIDTH=width, BITS=bits, SINKS=sinks, RECENT=recent, ASM=scores.is_cuda,
-        BLOCK=rows * pack, BLOCKS=blocks, STAGES=num_stages, num_warps=num_warps,
+        BLOCK=rows * pack, BLOCKS=blocks, STAGES=num_stages, num_warps=num_warps, **FUSED,
     )  # fmt: skip
 
 

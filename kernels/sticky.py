@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .compile_options import FUSED
 from .history import REMEMBERED, count_ages_kernel, load_past, members_of, remembered_bits
 from .radix import (
     DIGITS,
@@ -86,22 +87,22 @@ def sticky_topk_triton(
     ages = torch.zeros(rows, REMEMBERED, dtype=torch.int32, device=scores.device)
     outside = torch.zeros(rows, dtype=torch.int32, device=scores.device)
     count_ages_kernel[(blocks, rows)](
-        history, lengths, ages, kv_heads, pitch, sinks, recent, CHUNK=chunk, num_warps=warps
-    )
+        history, lengths, ages, kv_heads, pitch, sinks, recent, CHUNK=chunk, num_warps=warps, **FUSED,
+    )  # fmt: skip
     for digit in range(DIGITS):
         digit_kernel[(blocks, rows)](
             scores, history, ages, budgets, lengths, hist, state, above,
             kv_heads, capacity, pitch, sinks, recent, new_rows,
-            DIGIT=digit, STREAMS=3, CHUNK=chunk, VEC=vec, num_warps=warps,
+            DIGIT=digit, STREAMS=3, CHUNK=chunk, VEC=vec, num_warps=warps, **FUSED,
         )  # fmt: skip
     count_outside_kernel[(blocks, rows)](
         scores, history, ages, budgets, lengths, hist, state, above, outside,
-        kv_heads, capacity, pitch, sinks, recent, new_rows, CHUNK=chunk, VEC=vec, num_warps=warps,
+        kv_heads, capacity, pitch, sinks, recent, new_rows, CHUNK=chunk, VEC=vec, num_warps=warps, **FUSED,
     )  # fmt: skip
     compact_sticky_kernel[(blocks, rows)](
         scores, history, ages, budgets, lengths, hist, state, above, outside, tokens, counts,
         kv_heads, capacity, pitch, sinks, recent, new_rows, tokens.shape[-1],
-        ATTENDED=attended, CHUNK=chunk, VEC=vec, num_warps=warps,
+        ATTENDED=attended, CHUNK=chunk, VEC=vec, num_warps=warps, **FUSED,
     )  # fmt: skip
 
 

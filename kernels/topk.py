@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .compile_options import FUSED
 from .radix import (
     DIGITS,
     digit_kernel,
@@ -65,11 +66,11 @@ def select_topk_triton(
         digit_kernel[(blocks, rows)](
             scores, scores, scores, budgets, lengths, hist, state, above,
             kv_heads, capacity, 0, sinks, recent, 0,
-            DIGIT=digit, STREAMS=1, CHUNK=chunk, VEC=vec, num_warps=warps,
+            DIGIT=digit, STREAMS=1, CHUNK=chunk, VEC=vec, num_warps=warps, **FUSED,
         )  # fmt: skip
     compact_kernel[(blocks, rows)](
         scores, budgets, lengths, hist, state, above, tokens, counts,
-        kv_heads, capacity, sinks, recent, tokens.shape[-1], CHUNK=chunk, VEC=vec, num_warps=warps,
+        kv_heads, capacity, sinks, recent, tokens.shape[-1], CHUNK=chunk, VEC=vec, num_warps=warps, **FUSED,
     )  # fmt: skip
 
 

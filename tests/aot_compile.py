@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from offload_runtime.kernels.attend_pieces import STAGES, WARPS
-from offload_runtime.kernels.combine_pieces import OPTIONS
+from offload_runtime.kernels.compile_options import UNFUSED
 from offload_runtime.kernels.masked_prefill import TILES
 from offload_runtime.kernels.products import FEW_TOKENS, LEAST_BLOCK, MOST_TOKENS, ONE_TOKEN, Tile
 
@@ -135,7 +135,7 @@ def combine(dtype: str, dim: int, has_sink: bool) -> Case:
         pointers["sink_logits"] = "*fp32"
     else:
         sizes["sink_logits"] = None  # a launch with None makes it a constant
-    fused = OPTIONS["enable_fp_fusion"]
+    fused = UNFUSED["enable_fp_fusion"]
     return Case("combine_pieces", "_combine_kernel", pointers, sizes, fused=fused, may_fuse=False)
 
 

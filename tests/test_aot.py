@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,3 +39,15 @@ def test_an_unrounded_product_added_to_another_lanes_number():
 \tFFMA R12, R4, R5, R8;
 """
     assert added_unrounded(sass.replace("\t", "--:-:1:-:4\t")) == ["FFMA R9, R4, 1.4426950216293334961, R8;"]
+
+
+def test_every_launch_says_whether_products_are_fused():
+    launches = {
+        (path.stem, launch[1]): launch[2]
+        for path in (ROOT / "kernels").glob("*.py")
+        for launch in re.finditer(r"(\w*kernel)\[[^\n]*\]\((.*?)\n +\)", path.read_text(), re.DOTALL)
+    }
+    unfused = {name for name, arguments in launches.items() if "**UNFUSED" in arguments}
+    assert unfused == {("combine_pieces", "_combine_kernel")}
+    assert all("FUSED" in arguments for arguments in launches.values())
+    assert len(launches) >= 18
