@@ -142,6 +142,16 @@ STEPS = (
         new=True,
     ),
     Step(
+        "row-bits",
+        300,
+        (
+            "-m bench.row_bits --model {tiny} --text {moby} --tokens 8192"
+            " --out {out}/row_bits_tiny-256k.json",
+            "-m bench.row_bits --model {smollm2} --text {moby} --out {out}/row_bits_smollm2.json",
+        ),
+        new=True,
+    ),
+    Step(
         "selection-smollm2",
         600,
         (
