@@ -65,7 +65,7 @@ def read(adapter: ModelAdapter, ids: torch.Tensor, rounding: Rounding) -> tuple[
 
     with adapter.handled_by([handle] * len(adapter.layers)):
         hidden = adapter.base(input_ids=ids[None], use_cache=False)[0][0]  # [T, E]
-    bits, last = 0.0, []
+    bits, last = 0.0, list[torch.Tensor]()
     for start in range(0, len(ids) - 1, SCORED):
         follow = ids[start + 1 : start + 1 + SCORED]
         logits = adapter.model.get_output_embeddings()(hidden[start : start + len(follow)])
