@@ -84,9 +84,7 @@ def launch(
     assert all(tensor.is_contiguous() for tensor in tensors)
     passed = (*(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors), *map(ctypes.c_int, numbers))
     grid, block = (cluster.ctas, rows[1], rows[0]), (cluster.threads, 1, 1)
-    launch_kernel(
-        function.kernel.ptr, grid, block, cluster.shared_bytes, passed, tensors[0].device, early=True
-    )
+    launch_kernel(function, grid, block, cluster.shared_bytes, passed, tensors[0].device, early=True)
 
 
 def active_clusters(function: int, cluster: Cluster) -> int:

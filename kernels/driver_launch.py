@@ -34,7 +34,7 @@ class LaunchConfig(ctypes.Structure):
 
 
 def launch_kernel(
-    function: int,
+    function: Any,
     grid: tuple[int, int, int],
     block: tuple[int, int, int],
     shared_bytes: int,
@@ -42,7 +42,7 @@ def launch_kernel(
     device: torch.device,
     early: bool = False,
 ) -> None:
-    """Launch a CUfunction with ctypes numbers and pointers; early: before the one ahead has ended.
+    """Launch a kernel of CuPy's with ctypes numbers and pointers; early: before the one ahead has ended.
 
     A kernel that is launched early must wait for its inputs itself (early_launch.py). RuntimeError: the
     driver refuses the launch.
@@ -51,8 +51,9 @@ def launch_kernel(
     stream = torch.cuda.current_stream(device).cuda_stream
     config = LaunchConfig(grid, block, shared_bytes, stream, ctypes.addressof(attribute), int(early))
     places = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-    with torch.cuda.device(device):
-        status = driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function), places, None)
+    with torch.cuda.device(device):  # of which CuPy gives the CUfunction
+        handle = ctypes.c_void_p(function.kernel.ptr)
+        status = driver().cuLaunchKernelEx(ctypes.byref(config), handle, places, None)
     if status:
         raise RuntimeError(f"cuLaunchKernelEx: error {status} (CUresult of cuda.h)")
 

@@ -67,7 +67,7 @@ def gather_rows_bulk(
     passed = (
         *map(ctypes.c_void_p, pointers), *map(ctypes.c_longlong, strides), *map(ctypes.c_int, numbers)
     )  # fmt: skip
-    launch_kernel(kernel.kernel.ptr, (num_ctas, 1, 1), (THREADS, 1, 1), shared_bytes, passed, slots.device)
+    launch_kernel(kernel, (num_ctas, 1, 1), (THREADS, 1, 1), shared_bytes, passed, slots.device)
 
 
 @functools.cache
