@@ -10,7 +10,6 @@ A prediction runs layer i's attention module on layer i - 1's input. Corrections
 Recall is the part of the best N/16 keys by the true query that the predicted query finds among its own.
 """
 
-import argparse
 import json
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +19,7 @@ import torch
 
 from offload_runtime.adapter import ModelAdapter
 from offload_runtime.bench.machine import machine
+from offload_runtime.bench.one_document import document, model_parser
 from offload_runtime.calibrate_command import BLOCK_TOKENS
 from offload_runtime.calibration_collect import make_blocks
 from offload_runtime.calibration_guess import (
@@ -64,26 +64,18 @@ class Learned:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="model directory or GGUF file")
+    parser = model_parser(__doc__, tokens=8192)
     parser.add_argument("--calibrate", type=Path, required=True, help="text that corrections come from")
-    parser.add_argument("--test", type=Path, required=True, help="another text")
-    parser.add_argument("--tokens", type=int, default=8192, help="of the test text")
+    parser.add_argument("--test", type=Path, required=True, help="another text, which the document is from")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     adapter = ModelAdapter(load_model(options.model, choose_device(options.device)))
     tokens, learned = Tokens(load_tokenizer(options.model)), Learned(adapter)
-    known, unseen = (
-        tokens.rest(file.read_text(encoding="utf-8")) for file in (options.calibrate, options.test)
-    )
+    known = tokens.rest(options.calibrate.read_text(encoding="utf-8"))
     for block in make_blocks(known, tokens.prefix(""), options.calibration_tokens, BLOCK_TOKENS, seed=0):
         watch(adapter, block, learned.learn, lambda *_: None)
-    (document,) = make_blocks(unseen, tokens.prefix(""), options.tokens, options.tokens, seed=0)
-    layers = list(measure_recalls(adapter, document, learned.corrections()).values())
+    ids = document(tokens, options.test, options.tokens)
+    layers = list(measure_recalls(adapter, ids, learned.corrections()).values())
     means = {name: round(fmean(layer[name] for layer in layers), 4) for name in layers[0]}
     rows = [{name: round(value, 4) for name, value in layer.items()} for layer in layers]
     for index, layer in enumerate(rows, 1):
@@ -91,7 +83,7 @@ def main() -> None:
     print("means     " + "  ".join(f"{name} {value:.3f}" for name, value in means.items()))
     report = {
         "model": Path(options.model).name,
-        "tokens": len(document),
+        "tokens": len(ids),
         "calibrate": options.calibrate.name,
         "test": options.test.name,
         "machine": machine(),

@@ -6,7 +6,6 @@ All rows are rounded, also those that the runtime keeps on the GPU as they are (
 prefill attends to), so this is more than an offloaded session would lose. Attention reads all of them.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Callable
@@ -18,7 +17,8 @@ import torch
 
 from offload_runtime.adapter import AttentionCall, ModelAdapter
 from offload_runtime.bench.machine import machine
-from offload_runtime.calibration_collect import attend, make_blocks
+from offload_runtime.bench.one_document import document, model_parser
+from offload_runtime.calibration_collect import attend
 from offload_runtime.devices import choose_device
 from offload_runtime.evals.cases import Tokens
 from offload_runtime.loading import load_model, load_tokenizer
@@ -96,20 +96,12 @@ def compare(adapter: ModelAdapter, ids: torch.Tensor, size: int) -> list[dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="model directory or GGUF file")
+    parser = model_parser(__doc__, tokens=4096)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     adapter = ModelAdapter(load_model(options.model, choose_device(options.device)))
     tokenizer = load_tokenizer(options.model)
-    tokens = Tokens(tokenizer)
-    text = tokens.rest(options.text.read_text(encoding="utf-8"))
-    (ids,) = make_blocks(text, tokens.prefix(""), options.tokens, options.tokens, seed=0)
+    ids = document(Tokens(tokenizer), options.text, options.tokens)
     rows = compare(adapter, ids.to(adapter.device), len(tokenizer.decode(ids[1:]).encode()))
     for row in rows:
         print("  ".join(f"{name} {value}" for name, value in row.items()))

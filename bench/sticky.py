@@ -9,7 +9,6 @@ sinks and recent ones included; the rest of the runtime is left out, so that man
 pass. `ds-offload eval attention --new-rows` measures the runtime.
 """
 
-import argparse
 import json
 from pathlib import Path
 from statistics import fmean
@@ -20,8 +19,9 @@ import torch
 from offload_runtime.adapter import AttentionCall, ModelAdapter
 from offload_runtime.bench.label_mass import SHARE
 from offload_runtime.bench.machine import machine
+from offload_runtime.bench.one_document import document, model_parser
 from offload_runtime.calibration import Calibration
-from offload_runtime.calibration_collect import group_masses, grouped_products, make_blocks
+from offload_runtime.calibration_collect import group_masses, grouped_products
 from offload_runtime.calibration_guess import watch
 from offload_runtime.calibration_mass import RECENT, SINKS
 from offload_runtime.devices import choose_device
@@ -124,29 +124,22 @@ def means(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="model directory or GGUF file")
+    parser = model_parser(__doc__, tokens=4096)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="one that calibration has not seen")
-    parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=48)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     adapter = ModelAdapter(load_model(options.model, choose_device(options.device)))
-    tokens, calibration = Tokens(load_tokenizer(options.model)), Calibration.load(options.calibration)
+    calibration = Calibration.load(options.calibration)
     calibration.check(adapter.model.config)
-    ids = tokens.rest(options.text.read_text(encoding="utf-8"))
-    (document,) = make_blocks(ids, tokens.prefix(""), options.tokens, options.tokens, seed=0)
-    lines = means(measure(adapter, calibration, document, options.steps))
+    ids = document(Tokens(load_tokenizer(options.model)), options.text, options.tokens)
+    lines = means(measure(adapter, calibration, ids, options.steps))
     for line in lines:
         print("  ".join(f"{name} {value}" for name, value in line.items()))
     report = {
         "model": Path(options.model).name,
         "text": options.text.name,
-        "tokens": len(document),
+        "tokens": len(ids),
         "steps": options.steps,
         "machine": machine(),
         "lines": lines,
