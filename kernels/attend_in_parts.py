@@ -39,8 +39,7 @@ def attend_to_members(
     lists, block = tokens.shape[0] * tokens.shape[1], block_rows(inputs.slots)
     chunk, splits = cut(inputs.sinks + tokens.shape[2] + inputs.recent, lists, block)
     pieces = empty_pieces(inputs.query, splits + late_splits(new_rows, lists, block))
-    part = (MEMBERS, stamps, step, phase)
-    attend_pieces(inputs, tokens, counts, pieces, 0, splits, chunk, block, *part)
+    attend_pieces(inputs, tokens, counts, pieces, 0, splits, chunk, block, MEMBERS, stamps, step, phase)
     return pieces
 
 
@@ -58,8 +57,7 @@ def attend_to_entered(
     lists, block = entering.shape[0] * entering.shape[1], block_rows(inputs.slots)
     splits = late_splits(new_rows, lists, block)
     first = pieces.splits - splits
-    part = (ENTERED, stamps, step, 0)
-    attend_pieces(inputs, entering, counts, pieces, first, splits, block, block, *part)
+    attend_pieces(inputs, entering, counts, pieces, first, splits, block, block, ENTERED, stamps, step)
     out = torch.empty_like(inputs.query, memory_format=torch.contiguous_format)
     combine_pieces(pieces, sink_logits, out)
     return out

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from offload_runtime.kernels.attend_pieces import STAGES, WARPS
-from offload_runtime.kernels.compile_options import UNFUSED
+from offload_runtime.kernels.compile_options import FUSED, UNFUSED
 from offload_runtime.kernels.masked_prefill import TILES
 from offload_runtime.kernels.products import FEW_TOKENS, LEAST_BLOCK, MOST_TOKENS, ONE_TOKEN, Tile
 
@@ -33,8 +33,7 @@ class Case:
     wide: bool = False  # its loads must be 16 bytes a thread
     num_warps: int = 4
     num_stages: int = 3  # Triton's default
-    fused: bool = True  # as the launch has enable_fp_fusion
-    may_fuse: bool = True  # whether a multiplication and an addition may become one instruction
+    fused: bool = True  # as the launch says (compile_options.py); else no instruction may multiply and add
     lanes_agree: bool = False  # no lane may add its own product, unrounded, to a number of another lane
 
 
@@ -135,8 +134,7 @@ def combine(dtype: str, dim: int, has_sink: bool) -> Case:
         pointers["sink_logits"] = "*fp32"
     else:
         sizes["sink_logits"] = None  # a launch with None makes it a constant
-    fused = UNFUSED["enable_fp_fusion"]
-    return Case("combine_pieces", "_combine_kernel", pointers, sizes, fused=fused, may_fuse=False)
+    return Case("combine_pieces", "_combine_kernel", pointers, sizes, fused=False)
 
 
 def merge(dtype: str, dim: int, dim_pad: int) -> Case:
@@ -259,7 +257,9 @@ def compile_kernel(fn, types: dict, constants: dict, arch: int, **options):
 
 def check(case: Case, arch: int) -> None:
     fn = getattr(importlib.import_module(f"offload_runtime.kernels.{case.module}"), case.kernel)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.fused}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages} | (
+        FUSED if case.fused else UNFUSED
+    )
     kernel = compile_kernel(fn, case.types, case.constants, arch, **options)
     wide_load = r"ld\.global\S*\.v4\.b32|cp\.async\.cg"  # cp.async.cg exists at 16 bytes only
     if case.wide and not re.search(wide_load, kernel.asm["ptx"]):
@@ -267,7 +267,7 @@ def check(case: Case, arch: int) -> None:
     waits = "griddepcontrol.wait" in kernel.asm["ptx"]
     if "EARLY" in fn.arg_names and waits != (arch >= 90):
         raise AssertionError("it must wait for its inputs exactly where it may start early")
-    if not case.may_fuse and "fma." in kernel.asm["ptx"]:
+    if not case.fused and "fma." in kernel.asm["ptx"]:
         raise AssertionError("a fused multiply-add in its PTX")
     if case.lanes_agree and (added := added_unrounded(kernel.asm["sass"])):
         raise AssertionError(f"lanes may disagree in a last bit: {added}")
